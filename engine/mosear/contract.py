@@ -1,0 +1,148 @@
+"""Every tensor that crosses a boundary: its name, element type and axes.
+
+ONNX inputs and outputs, engine bindings, server configuration, client tensors and test inputs are derived from here.
+An axis is a number, or the name of a dynamic size. Letters: B batch, S query length, L cache capacity, K key/value
+heads, D head size, H query heads, P policy parameters, G groups, E experts, R rank, V vocabulary, N pictures, T mel
+frames, Q rows whose logits are wanted.
+"""
+
+import enum
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from mosear.config import ModelConfig, Route
+
+
+class DType(enum.StrEnum):
+    """Element types, by numpy's names."""
+
+    F32 = "float32"
+    I32 = "int32"
+    I64 = "int64"
+    U8 = "uint8"
+
+    @property
+    def numpy(self) -> np.dtype[np.generic]:
+        return np.dtype(self.value)
+
+
+Axis = int | str
+Tensors = dict[str, npt.NDArray[np.generic]]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One tensor of a part."""
+
+    name: str
+    dtype: DType
+    axes: tuple[Axis, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One network of the model: a file in the ONNX folder, a session in an engine, a model on a server."""
+
+    name: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    heads: tuple[TensorSpec, ...] = ()  # inputs that are bound once: experts, gates and policy parameters
+    state: tuple[tuple[str, str], ...] = ()  # (input, output) pairs that live in one buffer: the cache
+
+
+# Columns of `ar_params`: parameters of the reallocation policy, one row for each head.
+AR_PARAMS = ("move", "tau_lo", "tau_hi", "ramp", "sigma", "audio_share")
+EMBEDDING = "embedding"
+DECODER = "decoder"
+
+
+def parts(config: ModelConfig) -> dict[str, Part]:
+    """All parts of a model, in the order a clip meets them."""
+    f32, i32, u8 = DType.F32, DType.I32, DType.U8
+    voice, face, scene, d = config.voice, config.face, config.scene, config.backbone.hidden_size
+    detector, crop, image = face.detector_size, face.crop_size, scene.image_size
+    voice_features = TensorSpec("voice_features", f32, ("B", voice.tokens, voice.feature_size))
+    face_features = TensorSpec("face_features", f32, ("N", face.feature_size))
+    scene_features = TensorSpec("scene_features", f32, ("B", scene.tokens, scene.feature_size))
+    table = (
+        Part(
+            "voice",
+            (TensorSpec("mel", f32, ("B", voice.mels, "T")), TensorSpec("voice_frames", i32, ("B",))),
+            (voice_features,),
+        ),
+        Part(
+            "face_detector",
+            (TensorSpec("pictures", u8, ("N", detector, detector, 3)),),
+            (TensorSpec("boxes", f32, ("N", "A", 4)), TensorSpec("box_scores", f32, ("N", "A"))),
+        ),
+        Part("face", (TensorSpec("crops", u8, ("N", crop, crop, 3)),), (face_features,)),
+        Part("scene", (TensorSpec("images", u8, ("B", image, image, 3)),), (scene_features,)),
+        Part("voice_projector", (voice_features,), (TensorSpec("voice_tokens", f32, ("B", voice.tokens, d)),)),
+        Part("face_projector", (face_features,), (TensorSpec("face_tokens", f32, ("N", d)),)),
+        Part("scene_projector", (scene_features,), (TensorSpec("scene_tokens", f32, ("B", scene.tokens, d)),)),
+        Part(
+            EMBEDDING,
+            (TensorSpec("token_ids", i32, ("B", "S")),),
+            (TensorSpec("hidden", f32, ("B", "S", d)),),
+        ),
+        _decoder(config),
+    )
+    return {part.name: part for part in table}
+
+
+def _decoder(config: ModelConfig) -> Part:
+    f32, i32 = DType.F32, DType.I32
+    backbone, mose, groups = config.backbone, config.mose, len(config.groups)
+    adapted = backbone.layers * len(mose.targets)
+    inputs = [
+        TensorSpec("hidden", f32, ("B", "S", backbone.hidden_size)),
+        TensorSpec("position", i32, ("B", "S")),  # cache slot of each row; -1: padding row, at the end only
+        TensorSpec("group", i32, ("B", "S")),  # modality of each row
+        TensorSpec("key_group", i32, ("B", "L")),  # modality of each cache slot
+        TensorSpec("key_length", i32, ("B",)),  # slots filled once this call has written its rows
+        TensorSpec("first_row", i32, ("B",)),  # position from which attention is reallocated
+        TensorSpec("strength", f32, ("B",)),
+        TensorSpec("group_bias", f32, ("B", groups)),  # -inf mutes
+        TensorSpec("logit_row", i32, ("B", "Q")),  # rows whose logits are wanted
+    ]
+    outputs = [
+        TensorSpec("logits", f32, ("B", "Q", backbone.vocab_size)),
+        TensorSpec("mass_before", f32, ("B", backbone.layers, backbone.heads, "S", groups)),
+        TensorSpec("mass_after", f32, ("B", backbone.layers, backbone.heads, "S", groups)),
+        TensorSpec("expert_weights", f32, ("B", adapted, "S", mose.experts)),
+    ]
+    state = []
+    if mose.route is Route.MODALITY:
+        axes = ("B", adapted, groups, mose.experts)
+        inputs.append(TensorSpec("gate_state", f32, axes))  # -1: to be made from this call's rows
+        outputs.append(TensorSpec("gate_state_out", f32, axes))
+    cache = ("B", backbone.kv_heads, "L", backbone.head_size)
+    for layer in range(backbone.layers):
+        for kind in ("key", "value"):
+            name = f"{kind}_{layer}"
+            inputs.append(TensorSpec(name, f32, cache))
+            outputs.append(TensorSpec(f"{name}_out", f32, cache))
+            state.append((name, f"{name}_out"))
+    return Part(DECODER, tuple(inputs), tuple(outputs), heads=heads(config), state=tuple(state))
+
+
+def heads(config: ModelConfig) -> tuple[TensorSpec, ...]:
+    """Experts, gates and policy parameters of every layer: inputs of the decoder that are bound once."""
+    f32, mose, backbone, groups = DType.F32, config.mose, config.backbone, len(config.groups)
+    rank, experts = mose.rank, mose.experts
+    found = []
+    for layer in range(backbone.layers):
+        for target in mose.targets:
+            prefix = f"layers.{layer}.{target}"
+            shared = 1 if mose.share_a else groups
+            width_in, width_out = backbone.linear_size(target)
+            found += [
+                TensorSpec(f"{prefix}.a", f32, (shared, rank, width_in)),
+                TensorSpec(f"{prefix}.gate", f32, (groups, experts, width_in)),
+                TensorSpec(f"{prefix}.b", f32, (groups, experts, rank, width_out)),
+                TensorSpec(f"{prefix}.weight", f32, (groups,)),
+            ]
+        found.append(TensorSpec(f"layers.{layer}.ar_params", f32, (backbone.heads, len(AR_PARAMS))))
+    return tuple(found)

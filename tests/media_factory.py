@@ -1,0 +1,157 @@
+"""Makes small media files whose content is known: every frame carries its own number, every sound is a sine."""
+
+import io
+import struct
+from dataclasses import dataclass
+from fractions import Fraction
+
+import av
+import numpy as np
+from numpy.typing import NDArray
+
+BITS = 10  # a frame's number is painted as this many black or white columns in the lower half
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Container:
+    """How one kind of file is written: muxer, codecs (None: the container has no such stream), pixel format."""
+
+    muxer: str
+    video: str | None
+    audio: str
+    pixels: str = "yuv420p"
+    sample_rate: int = 48000
+
+
+CONTAINERS = {
+    "mp4": Container(muxer="mp4", video="libx264", audio="aac"),
+    "mov": Container(muxer="mov", video="libx264", audio="aac"),
+    "mkv": Container(muxer="matroska", video="libx264", audio="aac"),
+    "webm": Container(muxer="webm", video="libvpx-vp9", audio="libopus"),
+    "flv": Container(muxer="flv", video="libx264", audio="aac", sample_rate=44100),
+    "wav": Container(muxer="wav", video=None, audio="pcm_s16le"),
+    "flac": Container(muxer="flac", video=None, audio="flac"),
+    "mp3": Container(muxer="mp3", video=None, audio="libmp3lame"),
+    "ogg": Container(muxer="ogg", video=None, audio="libopus"),
+    "png-mov": Container(muxer="mov", video="png", audio="pcm_s16le", pixels="rgb24"),
+    "float-wav": Container(muxer="wav", video=None, audio="pcm_f32le"),
+}
+VIDEO = ("mp4", "mov", "mkv", "webm", "flv")
+SOUND = ("wav", "flac", "mp3", "ogg")
+_OPTIONS = {
+    "libx264": {"preset": "ultrafast", "crf": "18"},
+    "libvpx-vp9": {"deadline": "realtime", "cpu-used": "8", "crf": "20", "b": "0", "row-mt": "0"},
+}
+
+
+def frame_colour(number: int) -> tuple[int, int, int]:
+    """RGB of the upper half of frame `number`."""
+    palette = ((200, 40, 40), (40, 180, 40), (40, 40, 200), (200, 200, 40), (180, 180, 180))
+    return palette[number % len(palette)]
+
+
+def picture(number: int, size: tuple[int, int]) -> NDArray[np.uint8]:
+    """Frame `number` as RGB [height, width, 3]: its colour above, its number in black and white columns below."""
+    width, height = size
+    image = np.empty((height, width, 3), np.uint8)
+    image[:] = frame_colour(number)
+    columns = np.arange(width) * BITS // width
+    image[height // 2 :] = np.where((number >> columns) & 1, 235, 16).astype(np.uint8)[None, :, None]
+    return image
+
+
+def read_number(image: NDArray[np.uint8]) -> int:
+    """The number painted in a frame, RGB [height, width, 3] at any scale."""
+    height, width = image.shape[:2]
+    row = image[height * 3 // 4].mean(axis=1)
+    return sum(int(row[int((bit + 0.5) * width / BITS)] > 128) << bit for bit in range(BITS))
+
+
+def sine(seconds: float, *, sample_rate: int, channels: int, tone_hz: float, amplitude: float) -> NDArray[np.float32]:
+    """The same sine on every channel, [channels, samples]."""
+    time = np.arange(round(seconds * sample_rate)) / sample_rate
+    return np.tile((amplitude * np.sin(2 * np.pi * tone_hz * time)).astype(np.float32), (channels, 1))
+
+
+def make_clip(
+    container: str,
+    *,
+    seconds: float = 3.0,
+    size: tuple[int, int] = (64, 48),
+    fps: int = 25,
+    sound: bool = True,
+    video: bool = True,
+    keyframe_every: int = 12,
+    sample_rate: int | None = None,
+    layout: str = "mono",
+    tone_hz: float = 440.0,
+    amplitude: float = 0.5,
+    samples: NDArray[np.float32] | None = None,
+    frames: list[NDArray[np.uint8]] | None = None,
+    options: dict[str, str] | None = None,
+    video_options: dict[str, str] | None = None,
+) -> bytes:
+    """A file of kind `container` (a key of CONTAINERS); size is (width, height), samples [channels, n], options the muxer's."""
+    kind = CONTAINERS[container]
+    rate = sample_rate or kind.sample_rate
+    file = io.BytesIO()
+    with av.open(file, "w", format=kind.muxer, options=options or {}) as out:
+        pictures = None
+        if kind.video and video:
+            pictures = out.add_stream(kind.video, rate=fps, options=_OPTIONS.get(kind.video, {}) | (video_options or {}))
+            pictures.width, pictures.height = size
+            pictures.pix_fmt = kind.pixels
+            pictures.codec_context.gop_size = keyframe_every
+            pictures.codec_context.thread_count = 1
+        track = out.add_stream(kind.audio, rate=rate, layout=layout) if sound else None
+        if pictures is not None:
+            if frames is None:
+                frames = [picture(i, size) for i in range(round(seconds * fps))]
+            _write_pictures(out, pictures, frames, fps)
+        if track is not None:
+            if samples is None:
+                channels = track.codec_context.layout.nb_channels
+                samples = sine(seconds, sample_rate=rate, channels=channels, tone_hz=tone_hz, amplitude=amplitude)
+            _write_sound(out, track, samples, rate)
+    return file.getvalue()
+
+
+def _write_pictures(
+    out: av.container.OutputContainer, stream: av.VideoStream, frames: list[NDArray[np.uint8]], fps: int
+) -> None:
+    for number, image in enumerate(frames):
+        frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+        frame.pts, frame.time_base = number, Fraction(1, fps)
+        out.mux(stream.encode(frame))
+    if frames:
+        out.mux(stream.encode(None))
+
+
+def _write_sound(
+    out: av.container.OutputContainer, stream: av.AudioStream, samples: NDArray[np.float32], rate: int
+) -> None:
+    layout = stream.codec_context.layout.name
+    resampler = av.AudioResampler(
+        format=stream.codec_context.format, layout=layout, rate=rate, frame_size=stream.codec_context.frame_size or None
+    )
+    block, position = rate // 5, 0
+    while position < samples.shape[1]:
+        piece = samples[:, position : position + block]
+        # interleaved: PyAV 18 cannot fill 8 planes
+        frame = av.AudioFrame.from_ndarray(piece.T.reshape(1, -1).astype(np.float32), format="flt", layout=layout)
+        frame.sample_rate, frame.pts, frame.time_base = rate, position, Fraction(1, rate)
+        for ready in resampler.resample(frame):
+            out.mux(stream.encode(ready))
+        position += piece.shape[1]
+    if position:
+        for ready in resampler.resample(None):
+            out.mux(stream.encode(ready))
+        out.mux(stream.encode(None))
+
+
+def rotate(mp4: bytes, quarter_turns: int) -> bytes:
+    """Say in an mp4's track header that its pictures are to be shown turned clockwise by `quarter_turns` of 90 degrees."""
+    cosine, sine_ = ((1, 0), (0, 1), (-1, 0), (0, -1))[quarter_turns % 4]
+    matrix = struct.pack(">9i", cosine << 16, sine_ << 16, 0, -sine_ << 16, cosine << 16, 0, 0, 0, 1 << 30)
+    at = mp4.index(b"tkhd") + 4 + 4 + 20 + 8 + 8
+    return mp4[:at] + matrix + mp4[at + 36 :]
