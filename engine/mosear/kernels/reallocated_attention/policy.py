@@ -1,9 +1,9 @@
 """Policies of attention reallocation: maps of the modality masses m, all parameters per head.
 
-balance  rho = s_a / (s_a + s_v), s the mass or the mass per visible key. Above tau_hi the share
-         `move * clip((rho - tau_hi) / ramp, 0, 1)` of m_a goes to video; below tau_lo likewise from video to audio.
+balance  A modality whose share s_g / (s_a + s_v) of the two lies above its tau gives the part
+         `move * clip((share - tau) / ramp, 0, 1)` of its mass to the other; s is the mass, or the mass per visible key.
          Only where both are visible and m_a + m_v >= sigma.
-target   audio gets the share `audio_share` of m_a + m_v, `move` of the way. Only where both are visible.
+target   audio gets the share `audio_share` of m_a + m_v, `move_audio` of the way. Only where both are visible.
 off      pi = m.
 
 The thresholds, the ramp and the moved share are ours; the paper's are not public.
@@ -13,17 +13,15 @@ import torch
 from torch import Tensor
 
 from mosear.config import ARConfig, Policy, Statistic
-from mosear.contract import AR_PARAMS
 
 VIDEO, AUDIO = 1, 2
 
 
 def params(config: ARConfig, *, layer: int, heads: int) -> Tensor:
-    """Rows of AR_PARAMS for a layer's heads: f32 [H, P]. A layer that `config.layers` leaves out moves nothing."""
-    on = not config.layers or layer in config.layers
-    row = torch.tensor([getattr(config, name) for name in AR_PARAMS], dtype=torch.float32)
-    row[0] *= on
-    return row.expand(heads, len(AR_PARAMS)).clone()
+    """Rows of `contract.AR_PARAMS` for a layer's heads: f32 [H, P]. A layer that `config.layers` leaves out moves nothing."""
+    move = config.move if not config.layers or layer in config.layers else 0.0
+    row = [1 - config.tau_lo, config.tau_hi, config.ramp, config.ramp, move, move, config.sigma, config.audio_share]
+    return torch.tensor(row).repeat(heads, 1)
 
 
 def reallocate(
@@ -35,18 +33,18 @@ def reallocate(
     """
     if policy is Policy.OFF:
         return before
-    move, tau_lo, tau_hi, ramp, sigma, audio_share = policy_params[None, :, None, :].unbind(-1)  # each [1, H, 1]
-    video, audio = before[..., VIDEO], before[..., AUDIO]  # [B, H, S]
-    both = (count[..., VIDEO] > 0) & (count[..., AUDIO] > 0)
+    tau, ramp, move, rest = policy_params[None, :, None, :].split(2, dim=-1)  # each [1, H, 1, 2]: video, audio
+    sigma, audio_share = rest.unbind(-1)  # [1, H, 1]
+    pair, keys = (x[..., VIDEO : AUDIO + 1] for x in (before, count))  # [B, H, S, 2]
+    total = pair.sum(-1)
     if policy is Policy.BALANCE:
-        n_v, n_a = (count[..., g].clamp(min=1) if statistic is Statistic.MEAN else 1 for g in (VIDEO, AUDIO))
-        rho = (audio / n_a) / (audio / n_a + video / n_v).clamp(min=torch.finfo(before.dtype).tiny)
-        to_video = audio * ((rho - tau_hi) / ramp).clamp(0, 1)
-        to_audio = video * ((tau_lo - rho) / ramp).clamp(0, 1)
-        flow = move * (to_video - to_audio) * (audio + video >= sigma)
+        value = pair / keys.clamp(min=1) if statistic is Statistic.MEAN else pair
+        share = value / value.sum(-1, keepdim=True).clamp(min=torch.finfo(before.dtype).tiny)
+        video, audio = (pair * move * ((share - tau) / ramp).clamp(0, 1)).unbind(-1)
+        flow = (audio - video) * (total >= sigma)
     else:
-        flow = move * (audio - audio_share * (audio + video))
-    flow = strength[:, None, None] * flow * both  # audio -> video
+        flow = move[..., 1] * (pair[..., 1] - audio_share * total)
+    flow = strength[:, None, None] * flow * (keys > 0).all(-1)  # audio -> video
     after = before.clone()
     after[..., VIDEO] += flow
     after[..., AUDIO] -= flow

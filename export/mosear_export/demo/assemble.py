@@ -1,0 +1,76 @@
+"""The demo checkpoint: frozen parts of packages, our trained heads, one folder in the checkpoint format."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from mosear.artifacts import existing, file_hash, publish
+from mosear.config import ARConfig, FaceConfig, ModelConfig, MoSEConfig, PromptConfig, SceneConfig, VoiceConfig
+from mosear_export import checkpoint
+from mosear_export.demo.efficientnet import read_scene
+from mosear_export.demo.face_api import read_detector, read_expression
+from mosear_export.demo.fetch import DemoFiles
+from mosear_export.demo.smollm import GGUFModel
+from mosear_export.demo.whisper import read_encoder
+
+HEADS = Path(__file__).with_name("heads.safetensors")
+NAME = "demo"
+PROMPT = PromptConfig(
+    prefix="<|im_start|>user\n",
+    face="Face: {face}\n",
+    scene="Scene: {scene}\n",
+    voice="Voice: {voice}\n",
+    words='Words: "{words}"\n',
+    classify="[emotion] Which emotion does the person show?",
+    reason="[reason] Which emotion does the person show, and how is it seen and heard?",
+    suffix="<|im_end|>\n<|im_start|>assistant\n",
+    label_prefix="Emotion:",
+    reason_prefix="",
+    stop="<|im_end|>",
+)
+LABELS = ("neutral", "happy", "sad", "angry", "fearful", "disgusted", "surprised", "bored")
+
+
+def demo_config(model: GGUFModel) -> ModelConfig:
+    """Configuration of the demo model; the backbone's shape is the GGUF file's."""
+    return ModelConfig(
+        name="mosear-demo",
+        labels=LABELS,
+        backbone=model.config(),
+        mose=MoSEConfig(),
+        ar=ARConfig(),
+        voice=VoiceConfig(),
+        face=FaceConfig(),
+        scene=SceneConfig(),
+        prompt=PROMPT,
+    )
+
+
+def frozen_files(files: DemoFiles, model: GGUFModel, config: ModelConfig) -> dict[str, Mapping[str, Tensor]]:
+    """Tensors of every checkpoint file that we did not train."""
+    return {
+        "backbone": model.tensors(),
+        "voice": read_encoder(files.whisper_bin, config.voice),
+        "face_detector": read_detector(files.face_detector_manifest, files.face_detector_bin),
+        "face": read_expression(files.face_expression_manifest, files.face_expression_bin),
+        "scene": read_scene(files.efficientnet),
+    }
+
+
+def assemble(files: DemoFiles, root: Path, report: Callable[[str], None], *, heads: Path = HEADS) -> Path:
+    """Make the demo checkpoint below `root`, or find it there; returns its folder."""
+    model = GGUFModel(files.gguf)
+    config = demo_config(model)
+    inputs = {"gguf": file_hash(files.gguf), "heads": file_hash(heads), "config": str(config)}
+    if found := existing(root, kind=checkpoint.KIND, name=NAME, inputs=inputs):
+        report(f"checkpoint: {found} is fresh")
+        return found
+    report("checkpoint: dequantising the backbone, converting the encoders")
+    with publish(root, kind=checkpoint.KIND, name=NAME, inputs=inputs) as draft:
+        tensors = {**frozen_files(files, model, config), "heads": load_file(heads)}
+        checkpoint.save(draft.folder, config, tensors, model.tokenizer().to_str())
+    found = root / NAME
+    report(f"checkpoint: wrote {found.resolve()}")
+    return found.resolve()
