@@ -1,4 +1,4 @@
-"""Makes small media files whose content is known: every frame carries its own number, every sound is a sine."""
+"""Makes and reads small media files of known content: every frame carries its number, every sound is a sine."""
 
 import struct
 import tempfile
@@ -12,6 +12,10 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
+from mosear.runtime.media import Clip, MediaLimits, MediaReader
+
+RATE = 16000  # Hz, of decoded sound
+FRAMES = 8  # that a reader takes from a clip
 BITS = 10  # a frame's number is painted as this many black or white columns in the lower half
 
 
@@ -168,3 +172,36 @@ def rotate(mp4: bytes, quarter_turns: int) -> bytes:
     matrix = struct.pack(">9i", cosine << 16, sine_ << 16, 0, -sine_ << 16, cosine << 16, 0, 0, 0, 1 << 30)
     at = mp4.index(b"tkhd") + 4 + 4 + 20 + 8 + 8
     return mp4[:at] + matrix + mp4[at + 36 :]
+
+
+def raw_wav(channels: int, rate: int, samples: NDArray[np.int16]) -> bytes:
+    """A wav with the plain header of 44 bytes, which does not say which channel is which; samples i16 [channels, n]."""
+    pcm = samples.T.astype("<i2").tobytes()
+    form = struct.pack("<IHHIIHH", 16, 1, channels, rate, rate * channels * 2, channels * 2, 16)
+    return b"".join(
+        [b"RIFF", struct.pack("<I", 36 + len(pcm)), b"WAVEfmt ", form, b"data", struct.pack("<I", len(pcm)), pcm]
+    )
+
+
+def new_reader(**limits: float) -> MediaReader:
+    """A reader as the tests use it; limits are fields of MediaLimits."""
+    return MediaReader(MediaLimits(**limits), frames=FRAMES, sample_rate=RATE)  # type: ignore[arg-type]
+
+
+def numbers(clip: Clip) -> list[int]:
+    """The numbers painted in the frames of a decoded clip."""
+    return [read_number(frame) for frame in clip.frames]
+
+
+def tone_of(waveform: NDArray[np.float32]) -> tuple[float, float]:
+    """Frequency (Hz) and amplitude of a sine, without its ends."""
+    inner = waveform[len(waveform) // 4 : -len(waveform) // 4].astype(np.float64)
+    spectrum = np.abs(np.fft.rfft(inner * np.hanning(len(inner))))
+    return float(spectrum.argmax() * RATE / len(inner)), float(np.sqrt(2 * np.mean(inner**2)))
+
+
+def assert_tone(waveform: NDArray[np.float32], hertz: float, amplitude: float) -> None:
+    """Check that f32 [n] at RATE is this sine, as nearly as lossy codecs keep it."""
+    found = tone_of(waveform)
+    assert abs(found[0] - hertz) < 3
+    assert abs(found[1] - amplitude) < 0.06 * amplitude  # LAME scales by 0.95; lossless sound is tested more sharply

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
+
 from mosear.config import VoiceConfig
 from mosear.runtime.preprocess import best_face, crop_face, log_mel, scene_image, square
-from numpy.typing import NDArray
 
 VOICE = VoiceConfig()
 SIZES = st.tuples(st.integers(1, 90), st.integers(1, 90))  # height, width

@@ -237,7 +237,7 @@ class _Worker:
         timer.start()
         try:
             result = work()
-        except (OSError, EOFError, ValueError, TypeError, KeyError) as error:
+        except (OSError, EOFError, ValueError, TypeError, KeyError, RecursionError) as error:
             self._process.kill()
             code = self._process.wait()
             how = f"exit code {code}" if code >= 0 else f"signal {-code}, {signal.strsignal(-code)}"

@@ -24,9 +24,8 @@ _MAX_RATE = 768_000  # Hz: the filter for 100 MHz takes 5 s to build
 _OVERSHOOT = 1.05  # times full scale: what filters and lossy codecs do to loud sound is not worth a note
 _MISSING_S = 0.5  # a header that promises this much more than there is gets a note
 
-Packets: TypeAlias = (
-    "list[Packet[Any]]"  # Any: of pictures or of sound; a string: PyAV's class is not generic at run time
-)
+# Any: of pictures or of sound. A string: PyAV's class is not generic at run time.
+Packets: TypeAlias = "list[Packet[Any]]"
 
 
 @contextlib.contextmanager

@@ -1,0 +1,139 @@
+"""ONNX Runtime on the CPU: build (optimise and save each part) and load (sessions with preallocated, bound buffers)."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+
+from mosear.config import ModelConfig
+from mosear.contract import DECODER, Part, Tensors, parts
+from mosear.errors import EngineError, RequestError
+
+PROVIDER = "CPUExecutionProvider"
+SEVERITY_ERROR = 3
+
+
+def optimise(source: Path, target: Path) -> None:
+    """Let ONNX Runtime inline, fuse and fold a part's graph, and save it with its weights beside it."""
+    options = _options(threads=1)
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.optimized_model_filepath = str(target)
+    options.add_session_config_entry("session.optimized_model_external_initializers_file_name", f"{target.name}.data")
+    options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
+    _session(source, options)
+
+
+def _options(*, threads: int) -> ort.SessionOptions:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = SEVERITY_ERROR
+    return options
+
+
+def _session(path: Path, options: ort.SessionOptions) -> ort.InferenceSession:
+    try:
+        return ort.InferenceSession(str(path), options, providers=[PROVIDER])
+    except Exception as error:  # onnxruntime raises classes of its own without a common base
+        raise EngineError(f"ONNX Runtime cannot load {path}: {error}") from error
+
+
+class OnnxRuntimeBackend:
+    """Sessions for every part in a folder of optimised graphs."""
+
+    device = "cpu"
+    provider = PROVIDER
+
+    def __init__(self, folder: Path, config: ModelConfig, *, heads: Tensors, threads: int) -> None:
+        """`heads` are bound to the decoder's head inputs once (none where they are baked into its graph)."""
+        self.config, self.parts = config, parts(config)
+        self.heads = {name: np.ascontiguousarray(value) for name, value in heads.items()}
+        self.sessions = {}
+        for name in self.parts:
+            options = _options(threads=threads)
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+            # The decoder runs many short calls in a row; elsewhere waiting threads would only take the cores from it.
+            options.add_session_config_entry("session.intra_op.allow_spinning", "1" if name == DECODER else "0")
+            self.sessions[name] = _session(folder / f"{name}.onnx", options)
+
+    def run(self, part: str, tensors: Tensors) -> Tensors:
+        spec = self.parts[part]
+        check(spec, tensors)
+        names = [output.name for output in spec.outputs]
+        return dict(zip(names, self.sessions[part].run(names, dict(tensors)), strict=True))
+
+    def start(self, *, batch: int, capacity: int) -> "BoundDecoder":
+        return BoundDecoder(self, batch=batch, capacity=capacity)
+
+    def close(self) -> None:
+        self.sessions.clear()
+
+
+class BoundDecoder:
+    """A cache in preallocated memory, bound as input and output at once: the graph writes rows in place.
+
+    Calls with the shapes of the last one reuse its buffers and binding, so a decoded token copies a few numbers only.
+    """
+
+    def __init__(self, backend: OnnxRuntimeBackend, *, batch: int, capacity: int) -> None:
+        self.backend, self.spec = backend, backend.parts[DECODER]
+        self.sizes = {"B": batch, "L": capacity}
+        state = dict(self.spec.state)
+        self.cache = {
+            spec.name: np.zeros(self._shape(spec.axes, self.sizes), spec.dtype.numpy)
+            for spec in self.spec.inputs
+            if spec.name in state
+        }
+        self.inputs: Tensors = {}
+        self.outputs: Tensors = {}
+        self.binding: ort.IOBinding | None = None
+
+    def step(self, tensors: Tensors) -> Tensors:
+        """Outputs are this object's buffers: read them before the next call."""
+        if self.binding is None or any(tensors[name].shape != kept.shape for name, kept in self.inputs.items()):
+            self._bind(tensors, check(self.spec, {**tensors, **self.cache}))
+        for name, kept in self.inputs.items():
+            np.copyto(kept, tensors[name])
+        self.backend.sessions[DECODER].run_with_iobinding(self.binding)
+        return dict(self.outputs)
+
+    def _bind(self, tensors: Tensors, sizes: Mapping[str, int]) -> None:
+        binding = self.backend.sessions[DECODER].io_binding()
+        state = dict(self.spec.state)
+        self.inputs = {spec.name: np.array(tensors[spec.name]) for spec in self.spec.inputs if spec.name not in state}
+        self.outputs = {
+            spec.name: np.empty(self._shape(spec.axes, sizes), spec.dtype.numpy)
+            for spec in self.spec.outputs
+            if spec.name not in state.values()
+        }
+        for name, array in {**self.inputs, **self.backend.heads, **self.cache}.items():
+            binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+        kept = {state[name]: array for name, array in self.cache.items()}
+        for name, array in {**self.outputs, **kept}.items():
+            binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+        self.binding = binding
+
+    @staticmethod
+    def _shape(axes: tuple[int | str, ...], sizes: Mapping[str, int]) -> tuple[int, ...]:
+        return tuple(sizes[axis] if isinstance(axis, str) else axis for axis in axes)
+
+
+def check(part: Part, tensors: Tensors) -> dict[str, int]:
+    """Sizes of the dynamic axes; raises RequestError naming the tensor whose type or shape is not the contract's."""
+    sizes: dict[str, int] = {}
+    for spec in part.inputs:
+        array = tensors.get(spec.name)
+        wanted = f"{spec.dtype} {list(spec.axes)}"
+        if array is None:
+            raise RequestError(f"{part.name}: input {spec.name} is missing; it must be {wanted}")
+        fits = array.dtype == spec.dtype.numpy and array.ndim == len(spec.axes)
+        for axis, size in zip(spec.axes, array.shape):
+            expected = sizes.setdefault(axis, size) if isinstance(axis, str) else axis
+            fits = fits and expected == size
+        if not fits:
+            known = {axis: size for axis, size in sizes.items() if axis in spec.axes}
+            raise RequestError(
+                f"{part.name}: input {spec.name} is {array.dtype} {list(array.shape)}; it must be {wanted}"
+                + (f" with {known}" if known else "")
+            )
+    return sizes

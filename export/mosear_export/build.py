@@ -1,0 +1,113 @@
+"""Stage ONNX folder to engine folder, for the target of a recipe."""
+
+import dataclasses
+import platform
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+from onnx import numpy_helper
+from safetensors.numpy import load_file
+
+from mosear.artifacts import Draft, Manifest, existing, publish
+from mosear.backends.onnxruntime_cpu import OnnxRuntimeBackend, optimise
+from mosear.config import ModelConfig
+from mosear.contract import DECODER, Tensors, parts
+from mosear.engine import CONFIG, HEADS, KIND, TOKENIZER, load_heads
+from mosear.errors import EngineError
+from mosear.recipe import Heads, Precision, Recipe
+from mosear_export import export, golden
+from mosear_export.quantise import bake, quantise_int8
+
+Report = Callable[[str], None]
+# Largest root mean square error of a part's golden outputs, relative to theirs. Golden inputs are random numbers, which
+# 30 layers amplify more than real prompts do: measured 2e-4 in fp32.
+GOLDEN_TOLERANCE = {Precision.FP32: 1e-3, Precision.INT8: 0.5}
+
+
+def build_engine(recipe: Recipe, onnx_folder: Path, root: Path, report: Report) -> Path:
+    """Build an engine below `root`, or find it there; returns its folder.
+
+    Raises EngineError where the ONNX folder was altered, or an engine's golden outputs are not the reference's.
+    """
+    remedy = "export it again with `python export/export_onnx.py`"
+    source = Manifest.load(onnx_folder, kind=export.KIND, remedy=remedy)
+    inputs: dict[str, object] = {
+        "onnx": source.files,
+        "recipe": dataclasses.asdict(recipe),
+        "onnxruntime": onnxruntime.__version__,
+        "machine": platform.machine(),
+        "processor": processor(),
+    }
+    if found := existing(root, kind=KIND, name=recipe.name, inputs=inputs):
+        report(f"engine: {found} is fresh")
+        return found
+    source.verify(onnx_folder, remedy=remedy)
+    with publish(root, kind=KIND, name=recipe.name, inputs=inputs) as draft:
+        _compile(recipe, onnx_folder, draft, report)
+        draft.notes["golden"] = check_golden(recipe, onnx_folder, draft.folder, report)
+    report(f"engine: wrote {(root / recipe.name).resolve()}")
+    return (root / recipe.name).resolve()
+
+
+def _compile(recipe: Recipe, onnx_folder: Path, draft: Draft, report: Report) -> None:
+    shutil.copy(onnx_folder / CONFIG, draft.folder)
+    shutil.copy(onnx_folder / TOKENIZER, draft.folder)
+    baked = recipe.heads is Heads.BAKED
+    if not baked:
+        shutil.copy(onnx_folder / HEADS, draft.folder)
+    table = parts(ModelConfig.load(onnx_folder / CONFIG))
+    for index, name in enumerate(table, 1):
+        report(f"engine: {name} ({index} of {len(table)})")
+        with tempfile.TemporaryDirectory(dir=draft.folder.parent, prefix=".build-") as aside:
+            path = onnx_folder / f"{name}.onnx"
+            if name == DECODER and baked:
+                heads = load_file(onnx_folder / HEADS)
+                bake(path, Path(aside, "baked.onnx"), {k: numpy_helper.from_array(v, k) for k, v in heads.items()})
+                path = Path(aside, "baked.onnx")
+            if name == DECODER and recipe.precision is Precision.INT8:
+                count = quantise_int8(path, Path(aside, "int8.onnx"), block=recipe.block)
+                draft.notes["int8_matrices"] = count
+                path = Path(aside, "int8.onnx")
+            optimise(path, draft.folder / f"{name}.onnx")
+
+
+def check_golden(recipe: Recipe, onnx_folder: Path, folder: Path, report: Report) -> dict[str, float]:
+    """RMS error of each part's outputs, relative to the reference's; raises EngineError above the tolerance."""
+    report("engine: golden outputs")
+    config = ModelConfig.load(folder / CONFIG)
+    backend = OnnxRuntimeBackend(folder, config, heads=load_heads(folder / HEADS), threads=recipe.used_threads)
+    errors: dict[str, float] = {}
+    for name in parts(config):
+        stored = load_file(onnx_folder / export.GOLDEN / f"{name}.safetensors")
+        found = _run(backend, name, {key[3:]: value for key, value in stored.items() if key.startswith("in.")})
+        for key, value in stored.items():
+            if key.startswith("out.") and key[4:] in found:
+                errors[f"{name}.{key[4:]}"] = golden.relative_errors(np.asarray(found[key[4:]]), value)[1]
+    worst = max(errors, key=lambda key: errors[key])
+    limit = GOLDEN_TOLERANCE[recipe.precision]
+    if not errors[worst] <= limit:
+        raise EngineError(f"{worst} of the engine differs from the reference by {errors[worst]:.2e} RMS (limit {limit})")
+    return errors
+
+
+def _run(backend: OnnxRuntimeBackend, part: str, inputs: Tensors) -> Tensors:
+    if part != DECODER:
+        return backend.run(part, inputs)
+    batch, capacity = inputs["key_group"].shape
+    state = backend.start(batch=batch, capacity=capacity)
+    for name, cache in state.cache.items():
+        np.copyto(cache, inputs.pop(name))
+    return state.step(inputs)
+
+
+def processor() -> str:
+    """The processor's model name: optimised graphs hold layouts that are right for it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
