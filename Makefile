@@ -1,28 +1,42 @@
-PYTHON := .venv/bin/python
+# `make setup` once; then check, test, demo-local, bench. Every recipe runs in .venv.
+PYTHON ?= python3.11
+RECIPE ?= export/recipes/cpu-fp32.toml
+CLIP ?= build/demo.mp4
+BIN := .venv/bin
+.DEFAULT_GOAL := help
 
-.PHONY: setup check test test-full bench clean
+.PHONY: help setup check test test-full demo-local bench clean
+
+help:
+	@echo "make setup | check | test | test-full | demo-local | bench | clean"
 
 setup:
-	@scripts/setup.sh
+	@scripts/setup.sh $(PYTHON)
 
-$(PYTHON):
-	@echo "no .venv yet: run 'make setup' first" >&2; exit 1
+$(BIN)/python:
+	@echo "There is no .venv yet: run \`make setup\` first." >&2; exit 1
 
-check: $(PYTHON)
-	$(PYTHON) -m ruff check .
-	$(PYTHON) -m ruff format --check .
-	$(PYTHON) -m mypy engine/mosear export/mosear_export benchmarks
+check: | $(BIN)/python
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict engine/mosear export/mosear_export
 
-test: $(PYTHON)
-	$(PYTHON) -m pytest -m "not full"
+test: | $(BIN)/python
+	$(BIN)/python -m pytest -m "not full"
 
-test-full: $(PYTHON)
-	$(PYTHON) -m pytest
+test-full: | $(BIN)/python
+	$(BIN)/python -m pytest
 
-bench: $(PYTHON)
-	$(PYTHON) export/build_engine.py --recipe export/recipes/cpu-fp32.toml
-	$(PYTHON) export/build_engine.py --recipe export/recipes/cpu-int8.toml
-	$(PYTHON) benchmarks/latency.py
+# Fetch the demo parts, build the engine, ask it about a clip.
+demo-local: | $(BIN)/python
+	$(BIN)/mosear fetch-demo
+	$(BIN)/python export/build_engine.py --recipe $(RECIPE)
+	$(BIN)/mosear ask $(CLIP) --local --task conflict
 
+bench: | $(BIN)/python
+	$(BIN)/python benchmarks/latency.py
+
+# What was built; the environment and the fetched parts stay.
 clean:
-	rm -rf build
+	rm -rf build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find engine export tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

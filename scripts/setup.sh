@@ -1,41 +1,96 @@
 #!/usr/bin/env bash
-# Make the virtual environment .venv from pinned requirements. Says what it does; a second run does only what changed.
+# Make .venv with everything pinned, and the project itself in it, editable. Safe to run again: a fresh .venv is left alone.
+#   scripts/setup.sh [python]      python: the interpreter to build on, default python3.11
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-say() { printf 'setup: %s\n' "$*"; }
-lack() { printf 'setup: this machine lacks %s; install the package with: apt-get install %s\n' "$1" "$2" >&2; }
+readonly PYTHON="${1:-python3.11}"
+readonly VERSION="3.11"
+readonly VENV=".venv"
+readonly STAMP="$VENV/.setup-stamp"
+readonly FREE_MB=4000 # the CPU environment takes 2 GB, as much again while wheels are unpacked
 
-python=$(command -v python3.11 || command -v python3 || true)
-if [ -z "$python" ]; then lack "Python 3.11" "python3"; exit 1; fi
-if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
-    say "$python is $("$python" --version): Python 3.11 or newer is needed" >&2
+say() { echo "setup: $*"; }
+fail() {
+    echo "setup: ERROR: $*" >&2
     exit 1
-fi
-if ! "$python" -c 'import venv, ensurepip' 2>/dev/null; then lack "the venv module" "python3-venv"; exit 1; fi
-if ! "$python" - <<'PY'
-import ctypes, sys, sysconfig
-from pathlib import Path
-name = f"libpython{sys.version_info.major}.{sys.version_info.minor}.so.1.0"
-try:
-    ctypes.CDLL(name)
-except OSError:
-    sys.exit(not Path(sysconfig.get_config_var("LIBDIR") or "", name).exists())
-PY
-then say "note: no shared libpython (package libpython3.11): answering works, Triton Server will need it"; fi
+}
 
-if [ ! -x .venv/bin/python ]; then
-    say "making .venv with $python"
-    "$python" -m venv .venv
-fi
-wanted=$(cat requirements/*.txt pyproject.toml scripts/setup.sh | sha256sum | cut -d' ' -f1)
-if [ "$(cat .venv/requirements.sha256 2>/dev/null || true)" = "$wanted" ]; then
-    say ".venv is fresh"
-    exit 0
-fi
-say "installing requirements/dev.txt (about a minute, 2 GB)"
-.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements/dev.txt
-say "installing this project, editable"
-.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
-echo "$wanted" > .venv/requirements.sha256
-say "done; try: .venv/bin/mosear doctor"
+# Hash of all that decides what .venv holds, and of where it lies (a moved environment is broken).
+wanted_stamp() {
+    { cat requirements/serve.txt requirements/dev.txt pyproject.toml scripts/setup.sh && pwd -P && uname -sm; } |
+        sha256sum | cut -d' ' -f1
+}
+
+# Does this Python find that shared library?
+finds() {
+    "$1" -c 'import ctypes, sys; ctypes.CDLL(sys.argv[1])' "$2" 2>/dev/null
+}
+
+# The shared libpython on the loader's path, or beside the interpreter.
+finds_libpython() {
+    local folder
+    folder="$("$1" -c 'import sysconfig; print(sysconfig.get_config_var("LIBDIR") or "")')"
+    finds "$1" "libpython$VERSION.so.1.0" || [[ -e "$folder/libpython$VERSION.so.1.0" ]]
+}
+
+check_machine() {
+    command -v "$PYTHON" >/dev/null && "$PYTHON" -c '' 2>/dev/null ||
+        fail "$PYTHON is not there. Debian 12, Ubuntu 22.04: apt-get install python$VERSION python$VERSION-venv." \
+            "Where the system has another Python, name one: make setup PYTHON=/path/to/python$VERSION"
+    local found
+    found="$("$PYTHON" -c 'import sys; print("%d.%d" % sys.version_info[:2])')"
+    [[ "$found" == "$VERSION" ]] ||
+        fail "$PYTHON is Python $found; the pinned versions are for $VERSION. Name one: make setup PYTHON=python$VERSION"
+    "$PYTHON" -c 'import ensurepip, venv' 2>/dev/null ||
+        fail "$PYTHON cannot make environments: apt-get install python$VERSION-venv"
+    finds "$PYTHON" libstdc++.so.6 ||
+        fail "libstdc++.so.6 is not there, which torch and onnxruntime load: apt-get install libstdc++6"
+    finds_libpython "$PYTHON" ||
+        say "WARNING: libpython$VERSION.so.1.0 is not there. Nothing needs it yet, the server will:" \
+            "apt-get install libpython$VERSION"
+    [[ -e /etc/ssl/certs/ca-certificates.crt || -e /etc/ssl/cert.pem || -n "$(ls -A /etc/ssl/certs 2>/dev/null)" ]] ||
+        say "WARNING: no certificates in /etc/ssl/certs. If downloads fail: apt-get install ca-certificates"
+    local free
+    free="$(df -Pm . | awk 'NR == 2 {print $4}')"
+    ((free >= FREE_MB)) || say "WARNING: $free MB free here; an environment takes up to $FREE_MB MB (CUDA torch: more)"
+    say "machine: $(uname -sm), Python $("$PYTHON" -c 'import platform; print(platform.python_version())'), $free MB free"
+}
+
+make_environment() {
+    if [[ -x "$VENV/bin/python" ]] && "$VENV/bin/python" -c "import pip, sys; sys.exit(sys.prefix != '$PWD/$VENV')" 2>/dev/null &&
+        [[ "$("$VENV/bin/python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')" == "$VERSION" ]]; then
+        say "$VENV: there"
+    else
+        say "$VENV: making it"
+        rm -rf "$VENV"
+        "$PYTHON" -m venv "$VENV"
+    fi
+}
+
+install() {
+    local -a pip=("$VENV/bin/python" -m pip --disable-pip-version-check --no-input install --quiet)
+    say "packages: $(cat requirements/serve.txt requirements/dev.txt | grep -c ==) exact versions (some minutes the first time)"
+    "${pip[@]}" -r requirements/dev.txt
+    say "project: editable, without a change to the packages"
+    "${pip[@]}" --no-deps --no-build-isolation --editable .
+    say "check: $("$VENV/bin/python" -m pip --disable-pip-version-check check)"
+    "$VENV/bin/python" -c 'import mosear, mosear_export, torch; print(f"setup: torch {torch.__version__}, GPU: {torch.cuda.is_available()}")'
+}
+
+main() {
+    local wanted
+    wanted="$(wanted_stamp)"
+    if [[ -f "$STAMP" && "$(<"$STAMP")" == "$wanted" ]] && "$VENV/bin/python" -c 'import mosear, mosear_export' 2>/dev/null; then
+        say "$VENV is fresh"
+        return
+    fi
+    check_machine
+    make_environment
+    rm -f "$STAMP"
+    install
+    echo "$wanted" >"$STAMP"
+    say "done: try .venv/bin/mosear doctor"
+}
+
+main

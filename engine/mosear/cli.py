@@ -1,0 +1,153 @@
+"""The one command line, `mosear`. What needs torch or onnx is imported inside the subcommand that needs it."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from mosear.errors import MosearError
+from mosear.runtime.prompt import Task
+from mosear.runtime.request import Request
+from mosear.runtime.sampling import Sampling
+
+BUILD = Path("build")
+RECIPE = Path("export/recipes/cpu-fp32.toml")
+ENGINE = BUILD / "engines" / "cpu-fp32"
+DEMO_CLIP = BUILD / "demo.mp4"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a subcommand; errors that the user can mend are printed in one line, and the status is 1."""
+    options = parser().parse_args(arguments)
+    try:
+        return int(options.run(options) or 0)
+    except MosearError as error:
+        print(f"mosear: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="mosear", description="Deployment engine for MoSEAR models")
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+    fetch = _command(commands, "fetch-demo", _fetch, "bring the demo's parts into the cache and make its clip")
+    fetch.add_argument("--cache", type=Path, help="cache folder (default: ~/.cache/mosear)")
+    export = _command(commands, "export", _export, "export a checkpoint to ONNX")
+    export.add_argument("what", choices=["onnx"])
+    export.add_argument("--checkpoint", type=Path, help="checkpoint folder (default: the demo's, assembled)")
+    export.add_argument("--out", type=Path, default=BUILD, help="where onnx/ lies (default: %(default)s)")
+    build = _command(commands, "build", _build, "build an engine from a recipe")
+    build.add_argument("--recipe", type=Path, default=RECIPE, help="default: %(default)s")
+    build.add_argument("--checkpoint", type=Path, help="checkpoint folder (default: the demo's, assembled)")
+    build.add_argument("--out", type=Path, default=BUILD, help="where onnx/ and engines/ lie (default: %(default)s)")
+    _ask_options(_command(commands, "ask", _ask, "ask about a clip"))
+    bench = _command(commands, "bench", _bench, "measure latency: benchmarks/latency.py of a source checkout")
+    bench.add_argument("rest", nargs=argparse.REMAINDER)
+    doctor = _command(commands, "doctor", _doctor, "what this machine and environment have")
+    doctor.add_argument("--engine", type=Path, default=ENGINE)
+    inspect = _command(commands, "inspect", _inspect, "show what a checkpoint, ONNX or engine folder is")
+    inspect.add_argument("folder", type=Path)
+    inspect.add_argument("--json", action="store_true")
+    return top
+
+
+def _command(commands, name: str, run, about: str) -> argparse.ArgumentParser:  # type: ignore[no-untyped-def]
+    command: argparse.ArgumentParser = commands.add_parser(name, help=about, description=about)
+    command.set_defaults(run=run)
+    return command
+
+
+def _ask_options(ask: argparse.ArgumentParser) -> None:
+    defaults = Request()
+    ask.add_argument("clip", type=Path, nargs="?", help="video or sound file (none: --words alone)")
+    ask.add_argument("--audio", type=Path, help="sound to hear in place of the clip's")
+    ask.add_argument("--local", action="store_true", help="answer in this process")
+    ask.add_argument("--engine", type=Path, default=ENGINE, help="default: %(default)s")
+    ask.add_argument("--task", default="reason", help=f"{', '.join(Task)} (default: %(default)s)")
+    ask.add_argument("--words", default="", help="what the person says")
+    ask.add_argument("--max-tokens", type=int, default=defaults.max_tokens)
+    ask.add_argument("--ar-strength", type=float, help="attention reallocation, 0 to 1 (default: the checkpoint's)")
+    ask.add_argument("--temperature", type=float, default=defaults.sampling.temperature)
+    ask.add_argument("--top-p", type=float, default=defaults.sampling.top_p)
+    ask.add_argument("--seed", type=int, default=defaults.sampling.seed)
+    ask.add_argument("--json", action="store_true", help="print the whole answer as JSON, nothing else")
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _fetch(options: argparse.Namespace) -> None:
+    from mosear_export.demo.clip import make_clip
+    from mosear_export.demo.fetch import default_cache, fetch
+
+    files = fetch(options.cache or default_cache(), _say)
+    DEMO_CLIP.parent.mkdir(parents=True, exist_ok=True)
+    clip = make_clip(files, DEMO_CLIP)
+    _say(f"clip: {DEMO_CLIP}: {clip.caption}")
+
+
+def _checkpoint(options: argparse.Namespace) -> Path:
+    from mosear_export.demo.assemble import assemble
+    from mosear_export.demo.fetch import default_cache, fetch
+
+    if options.checkpoint:
+        return Path(options.checkpoint)
+    return assemble(fetch(default_cache(), _say), options.out / "checkpoints", _say)
+
+
+def _export(options: argparse.Namespace) -> None:
+    from mosear_export.export import export_checkpoint
+
+    export_checkpoint(_checkpoint(options), options.out / "onnx", _say)
+
+
+def _build(options: argparse.Namespace) -> None:
+    from mosear.recipe import Recipe
+    from mosear_export.build import build_engine
+    from mosear_export.export import export_checkpoint
+
+    recipe = Recipe.load(options.recipe)
+    onnx_folder = export_checkpoint(_checkpoint(options), options.out / "onnx", _say)
+    build_engine(recipe, onnx_folder, options.out / "engines", _say)
+
+
+def _ask(options: argparse.Namespace) -> None:
+    from mosear.ask import ask_local, read_file
+    from mosear.errors import RequestError
+
+    if not options.local:
+        raise RequestError("only --local is there so far: add --local to answer in this process")
+    request = Request(
+        task=options.task,
+        video=read_file(options.clip),
+        audio=read_file(options.audio),
+        words=options.words,
+        max_tokens=options.max_tokens,
+        strength=options.ar_strength,
+        sampling=Sampling(temperature=options.temperature, top_p=options.top_p, seed=options.seed),
+    )
+    ask_local(options.engine, request, as_json=options.json)
+
+
+def _bench(options: argparse.Namespace) -> int:
+    import subprocess
+
+    script = Path("benchmarks/latency.py")
+    if not script.exists():
+        raise MosearError(f"{script} is not here: run `mosear bench` in a source checkout")
+    return subprocess.call([sys.executable, str(script), *options.rest])
+
+
+def _doctor(options: argparse.Namespace) -> None:
+    from mosear.doctor import examine
+
+    for line in examine(options.engine):
+        _say(line)
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    from mosear.doctor import describe
+
+    _say(describe(options.folder, as_json=options.json))
