@@ -15,5 +15,9 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=TrainConfig().steps)
     options = parser.parse_args()
     train_heads(
-        options.data, options.work, options.output, TrainConfig(steps=options.steps), lambda line: print(line, flush=True)
+        options.data,
+        options.work,
+        options.output,
+        TrainConfig(steps=options.steps),
+        lambda line: print(line, flush=True),
     )

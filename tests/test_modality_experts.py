@@ -102,7 +102,14 @@ def experts64(config: ModelConfig, tensors: dict[str, Tensor]) -> tuple[Array, A
     ids=["smallest", "odd", "realistic"],
 )
 def test_it_is_the_formula(
-    adapt: Adapt, select: Select, route: Route, share_a: bool, groups: int, experts: int, rank: int, sizes: dict[str, int]
+    adapt: Adapt,
+    select: Select,
+    route: Route,
+    share_a: bool,
+    groups: int,
+    experts: int,
+    rank: int,
+    sizes: dict[str, int],
 ) -> None:
     config = config_of(groups=groups, experts=experts, rank=rank, select=select, route=route, share_a=share_a)
     tensors = make(config, **sizes)
@@ -150,7 +157,12 @@ def test_each_token_feels_its_own_groups_heads_alone(adapt: Adapt, route: Route)
     config = config_of(route=route, share_a=False)
     tensors = make(config)
     before = adapt(config, tensors)
-    rows = {"a": config.mose.rank, "gate": config.mose.experts, "b": config.mose.experts * config.mose.rank, "weight": 1}
+    rows = {
+        "a": config.mose.rank,
+        "gate": config.mose.experts,
+        "b": config.mose.experts * config.mose.rank,
+        "weight": 1,
+    }
     changed = {name: tensors[name].clone() for name in rows}
     for name, each in rows.items():
         changed[name][each : 2 * each] += 1.0  # those of video

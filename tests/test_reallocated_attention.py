@@ -331,7 +331,9 @@ def test_balance_leaves_rows_that_hardly_look_at_either(attend: Attend) -> None:
     tensors = decode(config, batch=2, capacity=10) | {"strength": torch.ones(2)}
     tensors |= {"query": torch.zeros(2, 6, 1, 8), "key_group": torch.tensor([[0] * 7 + [1, 2, 2]] * 2).int()}
     tensors["policy_params"][:] = params(config.ar, layer=0, heads=6)  # sigma 0.02
-    tensors["group_bias"] = torch.log(torch.tensor([[1.0, 0.049, 0.049], [1.0, 0.046, 0.046]]))  # m_a + m_v 0.0206, 0.0193
+    tensors["group_bias"] = torch.log(
+        torch.tensor([[1.0, 0.049, 0.049], [1.0, 0.046, 0.046]])
+    )  # m_a + m_v 0.0206, 0.0193
     _, before, after = attend(config, tensors)
     assert (after[0] != before[0]).any() and after[1].equal(before[1])
 
@@ -339,7 +341,10 @@ def test_balance_leaves_rows_that_hardly_look_at_either(attend: Attend) -> None:
 @both
 def test_target_gives_audio_its_share(attend: Attend) -> None:
     config = config_of(Policy.TARGET, Statistic.SUM, groups=4)
-    tensors = make(config, batch=2, rows=6, capacity=20) | {"strength": torch.ones(2), "first_row": torch.zeros(2).int()}
+    tensors = make(config, batch=2, rows=6, capacity=20) | {
+        "strength": torch.ones(2),
+        "first_row": torch.zeros(2).int(),
+    }
     tensors["policy_params"][:, AR_PARAMS.index("move_audio")] = 1.0
     share = tensors["policy_params"][:, AR_PARAMS.index("audio_share")][None, :, None]
     _, before, after = attend(config, tensors)

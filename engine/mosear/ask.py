@@ -46,7 +46,10 @@ def summary(answer: Answer) -> str:
         lines.append("face and voice disagree" if answer.conflict else "face and voice agree")
     before, after = answer.modality_mass.mean(0)
     lines += ["", "attention mass    " + "".join(f"{group:>9}" for group in answer.groups)]
-    lines += [f"  {name:<16}" + "".join(f"{value:9.3f}" for value in row) for name, row in (("before", before), ("after", after))]
+    lines += [
+        f"  {name:<16}" + "".join(f"{value:9.3f}" for value in row)
+        for name, row in (("before", before), ("after", after))
+    ]
     lines.append("expert weights")
     for group, weights in zip(answer.groups, answer.expert_weights, strict=True):
         if weights.any():

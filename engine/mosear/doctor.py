@@ -45,7 +45,9 @@ def describe(folder: Path, *, as_json: bool) -> str:
         text = (folder / MANIFEST).read_text()
         record = json.loads(text)
     except (OSError, ValueError) as error:
-        raise EngineError(f"{folder} has no readable {MANIFEST} ({error}): name a checkpoint, ONNX or engine folder") from error
+        raise EngineError(
+            f"{folder} has no readable {MANIFEST} ({error}): name a checkpoint, ONNX or engine folder"
+        ) from error
     if as_json:
         return text.rstrip()
     lines = [f"{record['kind']} {record['key'][:12]} (format {record['format']})"]

@@ -90,7 +90,9 @@ def check_golden(recipe: Recipe, onnx_folder: Path, folder: Path, report: Report
     worst = max(errors, key=lambda key: errors[key])
     limit = GOLDEN_TOLERANCE[recipe.precision]
     if not errors[worst] <= limit:
-        raise EngineError(f"{worst} of the engine differs from the reference by {errors[worst]:.2e} RMS (limit {limit})")
+        raise EngineError(
+            f"{worst} of the engine differs from the reference by {errors[worst]:.2e} RMS (limit {limit})"
+        )
     return errors
 
 

@@ -19,7 +19,8 @@ Print = tuple[int, float, float]
 def check_complete(model: ReferenceModel, folder: Path) -> list[str]:
     """Names left out on purpose; raises EngineError listing every tensor that no exported file holds."""
     present = {fingerprint(value) for value in _exported(model, folder)}
-    missing, unused = [], []
+    missing: list[str] = []
+    unused: list[str] = []
     for file, tensors in model.files().items():
         for name, tensor in tensors.items():
             if fingerprint(tensor.numpy()) in present:

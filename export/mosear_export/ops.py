@@ -4,6 +4,9 @@ The CPU body of an op is its reference. In ONNX the mechanisms are nodes of doma
 (`mosear_export.plain`) any runtime inlines; the cache write is the standard TensorScatter.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import onnx
 import torch
 from onnx.defs import OpSchema
@@ -77,36 +80,46 @@ class ExportOps:
     """`Ops` whose calls stay visible by name in an exported program."""
 
     def attend(self, *tensors: Tensor, policy: str, statistic: str, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-        return torch.ops.mosear.reallocated_attention(*tensors, policy, statistic, scale)
+        result: tuple[Tensor, Tensor, Tensor] = torch.ops.mosear.reallocated_attention(
+            *tensors, policy, statistic, scale
+        )
+        return result
 
     def adapt(self, *tensors: Tensor, scale: float, select: str, route: str) -> tuple[Tensor, Tensor]:
-        return torch.ops.mosear.modality_experts(*tensors, scale, select, route)
+        result: tuple[Tensor, Tensor] = torch.ops.mosear.modality_experts(*tensors, scale, select, route)
+        return result
 
     def write(self, cache: Tensor, rows: Tensor, start: Tensor) -> Tensor:
-        return torch.ops.mosear.write_cache(cache, rows, start)
+        result: Tensor = torch.ops.mosear.write_cache(cache, rows, start)
+        return result
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor, position: Tensor) -> Tensor:
         return torch.onnx.ops.rotary_embedding(x, cos, sin, position.long())
 
 
-def translations() -> dict[object, object]:
+def translations() -> dict[Callable[..., Any], Callable[..., Any]]:  # Any: the exporter calls them with symbols
     """How the torch ops become ONNX nodes: for `torch.onnx.export(custom_translation_table=...)`."""
     _register_schema(ATTENTION, ATTENTION_INPUTS, ATTENTION_OUTPUTS, ("policy", "statistic"))
     _register_schema(EXPERTS, EXPERTS_INPUTS, EXPERTS_OUTPUTS, ("select", "route"))
     ours, standard = Opset(DOMAIN, VERSION), Opset("", OPSET)
 
-    def attend(query, key, value, key_group, query_position, key_length, first_row, policy_params, strength,
-               group_bias, policy: str, statistic: str, scale: float):  # type: ignore[no-untyped-def]  # fmt: skip
+    def attend(  # type: ignore[no-untyped-def]
+               query, key, value, key_group, query_position, key_length, first_row, policy_params, strength,
+               group_bias, policy: str, statistic: str, scale: float):  # fmt: skip
         return ours.ReallocatedAttention(
             query, key, value, key_group, query_position, key_length, first_row, policy_params, strength, group_bias,
             policy=policy, statistic=statistic, scale=scale,
         )  # fmt: skip
 
     def adapt(base, x, group, gates_in, a, gate, b, weight, scale: float, select: str, route: str):  # type: ignore[no-untyped-def]
-        return ours.ModalityExperts(base, x, group, gates_in, a, gate, b, weight, scale=scale, select=select, route=route)
+        return ours.ModalityExperts(
+            base, x, group, gates_in, a, gate, b, weight, scale=scale, select=select, route=route
+        )
 
     def write(cache, rows, start):  # type: ignore[no-untyped-def]
-        return standard.TensorScatter(cache, rows, standard.Cast(start, to=onnx.TensorProto.INT64), axis=2, mode="linear")
+        return standard.TensorScatter(
+            cache, rows, standard.Cast(start, to=onnx.TensorProto.INT64), axis=2, mode="linear"
+        )
 
     ops = torch.ops.mosear
     return {

@@ -224,7 +224,10 @@ def _attention(config: ModelConfig) -> FunctionProto:
     if config.ar.policy is not Policy.OFF:
         statistic = _MEAN if config.ar.statistic is Statistic.MEAN else _SUM
         flow = _BALANCE if config.ar.policy is Policy.BALANCE else _TARGET
-        given, taken = [-1.0, 1.0], [1.0, -1.0]  # what (video, audio) lose and gain when video gives, and when audio does
+        given, taken = (
+            [-1.0, 1.0],
+            [1.0, -1.0],
+        )  # what (video, audio) lose and gain when video gives, and when audio does
         spread = [0.0, *given, *[0.0] * (size - 3), 0.0, *taken, *[0.0] * (size - 3)]
         policy = _FLOW.format(
             flow=flow.format(statistic=statistic.format()), G=size, spread=", ".join(map(str, spread))

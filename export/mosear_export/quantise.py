@@ -24,9 +24,7 @@ def quantise_int8(source: Path, target: Path, *, block: int) -> int:
     )  # fmt: skip
     quantiser.process()
     result = quantiser.model.model
-    onnx.save_model(
-        result, target, save_as_external_data=True, location=f"{target.name}.data", size_threshold=1024
-    )
+    onnx.save_model(result, target, save_as_external_data=True, location=f"{target.name}.data", size_threshold=1024)
     return sum(node.op_type == "MatMulNBits" for node in result.graph.node)
 
 

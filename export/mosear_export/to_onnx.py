@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mosear.config import ModelConfig
 from mosear.contract import DECODER, EMBEDDING, Axis, Part, TensorSpec
 from mosear_export import plain
+from mosear_export.model.decoder import Decoder
 from mosear_export.model.whole import ReferenceModel, run_decoder
 from mosear_export.ops import DOMAIN, OPSET, VERSION, translations
 
@@ -31,11 +32,11 @@ class PartModule(nn.Module):
         self.network = model.decoder if part.name in (DECODER, EMBEDDING) else model.get_submodule(part.name)
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        if self.part.name == EMBEDDING:
-            return (self.network.embed_tokens(tensors[0].long()),)
-        if self.part.name != DECODER:
+        if not isinstance(self.network, Decoder):
             outputs = self.network(*tensors)
             return outputs if isinstance(outputs, tuple) else (outputs,)
+        if self.part.name == EMBEDDING:
+            return (self.network.embed_tokens(tensors[0].long()),)
         named = {spec.name: tensor for spec, tensor in zip(self.part.inputs + self.part.heads, tensors, strict=True)}
         heads = {spec.name: named[spec.name] for spec in self.part.heads}
         outputs = run_decoder(self.network, self.part, named, heads)

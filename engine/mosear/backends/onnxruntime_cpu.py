@@ -94,13 +94,18 @@ class BoundDecoder:
             self._bind(tensors, check(self.spec, {**tensors, **self.cache}))
         for name, kept in self.inputs.items():
             np.copyto(kept, tensors[name])
-        self.backend.sessions[DECODER].run_with_iobinding(self.binding)
+        try:
+            self.backend.sessions[DECODER].run_with_iobinding(self.binding)
+        except RuntimeError as error:
+            raise EngineError(f"ONNX Runtime failed in the decoder: {error}") from error
         return dict(self.outputs)
 
     def _bind(self, tensors: Tensors, sizes: Mapping[str, int]) -> None:
         binding = self.backend.sessions[DECODER].io_binding()
         state = dict(self.spec.state)
-        self.inputs = {spec.name: np.array(tensors[spec.name]) for spec in self.spec.inputs if spec.name not in state}
+        self.inputs = {
+            spec.name: np.array(tensors[spec.name], order="C") for spec in self.spec.inputs if spec.name not in state
+        }
         self.outputs = {
             spec.name: np.empty(self._shape(spec.axes, sizes), spec.dtype.numpy)
             for spec in self.spec.outputs

@@ -1,9 +1,8 @@
 """From a clip to projected tokens: faces found and cut out, encoders and projectors run, each stage timed."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from collections.abc import Iterator
 from typing import TypeVar
 
 import numpy as np
@@ -47,7 +46,9 @@ def encode(backend: Backend, config: ModelConfig, clip: Clip, stage: Timer) -> t
         with stage("face_detector"):
             crops, found = _faces(backend, config, clip.frames)
         if found < len(clip.frames):
-            notes.append(f"no face was found in {len(clip.frames) - found} of {len(clip.frames)} frames: centre crop used")
+            notes.append(
+                f"no face was found in {len(clip.frames) - found} of {len(clip.frames)} frames: centre crop used"
+            )
         with stage("face"):
             features = backend.run("face", {"crops": crops})
             tokens["face"] = _f32(backend.run("face_projector", features)["face_tokens"])

@@ -49,8 +49,8 @@ class Generation:
         return self._call(self._embed(ids), start, group=np.full(len(ids), TEXT, np.int32), wanted=range(len(ids)))
 
     def _embed(self, ids: npt.ArrayLike) -> FloatArray:
-        hidden: FloatArray = self.backend.run(EMBEDDING, {"token_ids": np.asarray(ids, np.int32)[None]})["hidden"][0]  # type: ignore[assignment]
-        return hidden
+        out = self.backend.run(EMBEDDING, {"token_ids": np.asarray(ids, np.int32)[None]})
+        return np.asarray(out["hidden"][0], np.float32)
 
     def _call(self, hidden: FloatArray, start: int, *, group: npt.NDArray[np.int32], wanted: Sequence[int]) -> Tensors:
         batch, count = len(self.key_group), len(hidden)
@@ -89,7 +89,7 @@ def score_labels(generation: Generation, logits: FloatArray, labels: Sequence[Se
     passes write over each other behind the prompt.
     """
     first = log_softmax(logits)  # [rows, V]
-    scores = np.stack([first[:, ids[0]] for ids in labels], axis=1)
+    scores: FloatArray = np.stack([first[:, ids[0]] for ids in labels], axis=1)
     for index, ids in enumerate(labels):
         if len(ids) > 1:
             out = generation.extend(ids[:-1], len(generation.prompt))["logits"]  # [rows, len - 1, V]

@@ -85,6 +85,7 @@ class Pipeline:
         with stages("prefill"):
             out = generation.prefill(tokens)
         yield StageDone(name="prefill", ms=stages.times_ms["prefill"])
+        stages.times_ms["first_token"] = (time.perf_counter() - start) * 1e3
         mass = np.stack([_last_row(out["mass_before"]), _last_row(out["mass_after"])], axis=1)  # [layers, 2, G]
         experts = self._expert_use(out, prompt.group)
         logits = np.array(out["logits"][:, 0], np.float32)  # [rows, V]
@@ -104,14 +105,14 @@ class Pipeline:
             text, written = judgements[0].label, 1
             yield Words(text=text)
         stages.times_ms["total"] = (time.perf_counter() - start) * 1e3
-        alone = judgements[1:] or [None, None]
+        face, voice = judgements[1:] if len(judgements) > 1 else (None, None)
         yield Answer(
             task=task,
             text=text,
             joint=judgements[0] if judgements else None,
-            face=alone[0],
-            voice=alone[1],
-            conflict=alone[0].label != alone[1].label if alone[0] and alone[1] else None,
+            face=face,
+            voice=voice,
+            conflict=face.label != voice.label if face and voice else None,
             modality_mass=mass,
             expert_weights=experts,
             groups=self.config.groups,
@@ -130,7 +131,9 @@ class Pipeline:
         frames = np.zeros((0, 1, 1, 3), np.uint8) if request.frames is None else request.frames
         waveform = np.zeros(0, np.float32) if request.waveform is None else request.waveform
         if len(frames) > self.config.face.frames:
-            raise RequestError(f"frames has {len(frames)} pictures; the model takes {self.config.face.frames}: send fewer")
+            raise RequestError(
+                f"frames has {len(frames)} pictures; the model takes {self.config.face.frames}: send fewer"
+            )
         most = int(self.limits.clip_seconds * self.config.voice.sample_rate)
         if len(waveform) > most:
             raise RequestError(f"waveform has {len(waveform)} samples; this engine takes {most}: shorten it")
@@ -154,7 +157,6 @@ class Pipeline:
                 found = [self._judge(scores, chosen=first[token])]
             text = builder.decode(ids)
             if len(text) > shown and not text.endswith(INCOMPLETE):
-                stages.times_ms.setdefault("first_word", (time.perf_counter() - start) * 1e3)
                 yield Words(text=text[shown:])
                 shown = len(text)
         stages.times_ms["decode"] = (time.perf_counter() - start) * 1e3
@@ -166,12 +168,14 @@ class Pipeline:
         return Judgement(label=labels[index], scores=dict(zip(labels, map(float, scores), strict=True)))
 
     def _expert_use(self, out: Tensors, group: np.ndarray) -> FloatArray:  # type: ignore[type-arg]
-        weights = np.asarray(out["expert_weights"][0], np.float32).mean(0)  # [S, E]
+        weights: FloatArray = np.asarray(out["expert_weights"][0], np.float32).mean(0)  # [S, E]
         groups = range(len(self.config.groups))
         rows = [weights[group == g].mean(0) if (group == g).any() else np.zeros(weights.shape[1]) for g in groups]
-        return np.stack(rows).astype(np.float32)
+        use: FloatArray = np.stack(rows).astype(np.float32)
+        return use
 
 
 def _last_row(mass: np.ndarray) -> FloatArray:  # type: ignore[type-arg]
     """Mean over heads of the first sequence's last row: [B, layers, H, S, G] to [layers, G]."""
-    return np.asarray(mass[0, :, :, -1], np.float32).mean(1)
+    mean: FloatArray = np.asarray(mass[0, :, :, -1], np.float32).mean(1)
+    return mean

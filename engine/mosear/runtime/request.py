@@ -46,7 +46,9 @@ class Request:
         try:
             words.encode()
         except UnicodeEncodeError as error:
-            raise RequestError(f"text_input is not valid Unicode at character {error.start}: send valid text") from error
+            raise RequestError(
+                f"text_input is not valid Unicode at character {error.start}: send valid text"
+            ) from error
         if len(words) > limits.words:
             raise RequestError(f"text_input has {len(words)} characters; this engine takes {limits.words}: shorten it")
         if self.task not in set(Task):
@@ -64,11 +66,15 @@ class Request:
 
 
 def _check_arrays(frames: npt.NDArray[np.generic] | None, waveform: npt.NDArray[np.generic] | None) -> None:
-    if frames is not None and (frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or 0 in frames.shape):
+    if frames is not None and (
+        frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or 0 in frames.shape
+    ):
         raise RequestError(f"frames is {frames.dtype} {list(frames.shape)}: it must be uint8 [F, H, W, 3], not empty")
     if waveform is not None:
         if waveform.dtype != np.float32 or waveform.ndim != 1 or not len(waveform):
-            raise RequestError(f"waveform is {waveform.dtype} {list(waveform.shape)}: it must be float32 [n], not empty")
+            raise RequestError(
+                f"waveform is {waveform.dtype} {list(waveform.shape)}: it must be float32 [n], not empty"
+            )
         if not np.isfinite(waveform).all():
             raise RequestError("waveform holds values that are not finite: send samples from -1 to 1")
 

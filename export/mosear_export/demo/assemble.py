@@ -63,7 +63,7 @@ def assemble(files: DemoFiles, root: Path, report: Callable[[str], None], *, hea
     """Make the demo checkpoint below `root`, or find it there; returns its folder."""
     model = GGUFModel(files.gguf)
     config = demo_config(model)
-    inputs = {"gguf": file_hash(files.gguf), "heads": file_hash(heads), "config": str(config)}
+    inputs: dict[str, object] = {"gguf": file_hash(files.gguf), "heads": file_hash(heads), "config": str(config)}
     if found := existing(root, kind=checkpoint.KIND, name=NAME, inputs=inputs):
         report(f"checkpoint: {found} is fresh")
         return found

@@ -78,7 +78,7 @@ class Linears:
 
     def __call__(self, target: Target, linear: nn.Linear, x: Tensor) -> Tensor:
         """y [B, S, d_out] of x [B, S, d_in]."""
-        base = linear(x)
+        base: Tensor = linear(x)
         if target not in self.mose.targets:
             return base
         prefix = f"layers.{self.layer}.{target}"
@@ -99,7 +99,7 @@ class Linears:
         member = self.step.group[:, :, None] == torch.arange(known.shape[1])  # [B, S, G]
         member = (member & (self.step.position >= 0)[:, :, None]).to(x.dtype)
         mean = member.mT @ x / member.sum(1)[..., None].clamp(min=1)  # [B, G, d]
-        logits = (mean[:, :, None] * gate.unflatten(0, known.shape[1:])).sum(-1)  # [B, G, E]
+        logits = (mean[:, :, None] * gate.view(*known.shape[1:], -1)).sum(-1)  # [B, G, E]
         made = gate_weights(logits, self.mose.select)
         state = torch.where(known < 0, made, known)
         self.gate_state.append(state)
@@ -120,10 +120,10 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """x [B, S, d] to the block's output, the written cache, and the masses before and after."""
         config, slot = self.config, step.position.clamp(min=0)
-        split = (-1, config.backbone.head_size)
-        query = linears(Target.Q_PROJ, self.q_proj, x).unflatten(-1, split).transpose(1, 2)  # [B, H, S, D]
-        key = linears(Target.K_PROJ, self.k_proj, x).unflatten(-1, split).transpose(1, 2)  # [B, K, S, D]
-        value = linears(Target.V_PROJ, self.v_proj, x).unflatten(-1, split).transpose(1, 2)
+        split = config.backbone.head_size
+        query = linears(Target.Q_PROJ, self.q_proj, x).reshape(*x.shape[:2], -1, split).transpose(1, 2)  # [B, H, S, D]
+        key = linears(Target.K_PROJ, self.k_proj, x).reshape(*x.shape[:2], -1, split).transpose(1, 2)  # [B, K, S, D]
+        value = linears(Target.V_PROJ, self.v_proj, x).reshape(*x.shape[:2], -1, split).transpose(1, 2)
         query, key = (linears.ops.rotate(part, step.cos, step.sin, slot) for part in (query, key))
         keys, values = (linears.ops.write(*pair, slot[:, 0]) for pair in zip(cache, (key, value), strict=True))
         out, before, after = linears.ops.attend(
@@ -169,6 +169,8 @@ class Decoder(nn.Module):
         if backbone.tied_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
         cos, sin = rope_tables(backbone)
+        self.cos: Tensor
+        self.sin: Tensor
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 
@@ -182,8 +184,10 @@ class Decoder(nn.Module):
             position=position, group=group, key_group=key_group, key_length=key_length, first_row=first_row,
             strength=strength, group_bias=group_bias, gate_state=gate_state, cos=self.cos, sin=self.sin,
         )  # fmt: skip
-        before, after, gates, state, written = [], [], [], [], {}
+        before, after, gates, state = [], [], [], []
+        written: dict[str, Tensor] = {}
         for i, layer in enumerate(self.layers):
+            assert isinstance(layer, Layer)
             linears = Linears(self.config, self.ops, step, heads, i)
             attended, (keys, values), (m, moved) = layer.self_attn(
                 layer.input_layernorm(hidden), (cache[2 * i], cache[2 * i + 1]), step, linears
@@ -200,7 +204,9 @@ class Decoder(nn.Module):
             "logits": self.lm_head(self.norm(hidden.gather(1, wanted))),
             "mass_before": torch.stack(before, 1),
             "mass_after": torch.stack(after, 1),
-            "expert_weights": torch.stack(gates, 1) if gates else hidden.new_zeros(hidden.shape[0], 0, hidden.shape[1], 0),
+            "expert_weights": torch.stack(gates, 1)
+            if gates
+            else hidden.new_zeros(hidden.shape[0], 0, hidden.shape[1], 0),
         }
         if self.config.mose.route is Route.MODALITY:
             out["gate_state_out"] = torch.stack(state, 1)

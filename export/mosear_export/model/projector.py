@@ -12,13 +12,16 @@ class Projector(nn.Module):
 
     def __init__(self, features: int, hidden: int) -> None:
         super().__init__()
+        self.mean: Tensor
+        self.deviation: Tensor
         self.register_buffer("mean", torch.zeros(features))
         self.register_buffer("deviation", torch.ones(features))
         self.linear, self.norm = nn.Linear(features, hidden), nn.LayerNorm(hidden)
         self.gain = nn.Parameter(torch.ones(()))
 
     def forward(self, features: Tensor) -> Tensor:
-        return self.norm(self.linear((features - self.mean) / self.deviation)) * self.gain
+        tokens: Tensor = self.norm(self.linear((features - self.mean) / self.deviation)) * self.gain
+        return tokens
 
 
 class VoiceProjector(nn.Module):

@@ -64,7 +64,9 @@ class ReferenceModel(nn.Module):
                 outputs = self.decoder.embed_tokens(tensors["token_ids"].long())
             else:
                 outputs = self.get_submodule(part)(*(tensors[i.name] for i in spec.inputs))
-        return dict(zip((o.name for o in spec.outputs), outputs if isinstance(outputs, tuple) else (outputs,), strict=True))
+        return dict(
+            zip((o.name for o in spec.outputs), outputs if isinstance(outputs, tuple) else (outputs,), strict=True)
+        )
 
 
 def run_decoder(
@@ -73,7 +75,8 @@ def run_decoder(
     """Call the decoder with the contract's flat names."""
     cache = [tensors[name] for name, _ in spec.state]
     plain = {i.name: tensors[i.name] for i in spec.inputs if i.name not in dict(spec.state)}
-    return decoder(**plain, cache=cache, heads=heads)
+    outputs: dict[str, Tensor] = decoder(**plain, cache=cache, heads=heads)
+    return outputs
 
 
 def _llama_name(name: str) -> str:

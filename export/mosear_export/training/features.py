@@ -56,9 +56,7 @@ def compute(model: ReferenceModel, data: Path, cache: Path, report: Report) -> F
         np.savez(partial, scenes=scenes, **arrays)
         partial.replace(cache)
     stored = np.load(cache)
-    voices, faces = (
-        Labelled(**{k: stored[f"{kind}_{k}"] for k in Labelled.__slots__}) for kind in ("voice", "face")
-    )
+    voices, faces = (Labelled(**{k: stored[f"{kind}_{k}"] for k in Labelled.__slots__}) for kind in ("voice", "face"))
     return Features(voices=voices, faces=faces, scenes=stored["scenes"])
 
 
@@ -67,7 +65,8 @@ def read_sound(path: Path) -> Array:
     with av.open(str(path)) as container:
         frames = [frame.to_ndarray() for frame in container.decode(audio=0)]
     sound = np.concatenate(frames, axis=-1)[0]
-    return sound.astype(np.float32) / (np.iinfo(sound.dtype).max if sound.dtype.kind == "i" else 1)
+    samples: Array = sound.astype(np.float32) / (np.iinfo(sound.dtype).max if sound.dtype.kind == "i" else 1)
+    return samples
 
 
 def trim(sound: Array) -> Array:
@@ -80,7 +79,12 @@ def _voice_variants(sound: Array, rng: np.random.Generator) -> list[Array]:
     short = trim(sound)
     start = rng.integers(0, len(short) // 6 + 1)
     noise = rng.standard_normal(len(short)).astype(np.float32) * np.sqrt(np.mean(short**2)) * 0.03
-    return [short, sound, short[start : start + len(short) * 5 // 6], (short + noise) * np.float32(rng.uniform(0.3, 1.0))]
+    return [
+        short,
+        sound,
+        short[start : start + len(short) * 5 // 6],
+        (short + noise) * np.float32(rng.uniform(0.3, 1.0)),
+    ]
 
 
 def _voices(model: ReferenceModel, folder: Path, report: Report) -> Labelled:

@@ -39,7 +39,7 @@ def train_heads(data: Path, work: Path, output: Path, config: TrainConfig, repor
     save_file(heads, output)
     for name, tensor in model.files()["heads"].items():  # what is measured is what is shipped
         tensor.detach().copy_(heads[name])
-    results = {
+    results: dict[str, object] = {
         "config": dataclasses.asdict(config),
         "left_out_speakers": list(LEFT_OUT),
         **evaluate(trainer, features.voices.where(left_out), features.faces.where(dev), report),

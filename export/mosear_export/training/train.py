@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mosear.kernels.reallocated_attention.reference import visibility
 from mosear.runtime.prompt import PromptBuilder
 from mosear_export.model.decoder import ReferenceOps
+from mosear_export.model.projector import Projector, VoiceProjector
 from mosear_export.model.whole import ReferenceModel
 from mosear_export.training.examples import Example, Sampler
 from mosear_export.training.features import Features, Report
@@ -90,8 +91,10 @@ class Trainer:
                 continue
             projector = self.model.get_submodule(name)
             values = torch.from_numpy(features)[None]
-            deviation = projector.segment.deviation if field == "voice" else projector.deviation
             if noise:
+                inner = projector.segment if isinstance(projector, VoiceProjector) else projector
+                assert isinstance(inner, Projector)
+                deviation = inner.deviation
                 values = values + torch.randn(values.shape, generator=self.random) * deviation * self.config.noise
             found[field] = projector(values)[0]
         return found
@@ -100,9 +103,12 @@ class Trainer:
         batch = Batch.make(self, examples, noise=True)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             out = self.model.decoder(**batch.inputs, cache=batch.cache, heads=self.model.heads)
-        answers = F.cross_entropy(out["logits"].float().flatten(0, 1), batch.targets.flatten(), ignore_index=-100)
+        answers: Tensor = F.cross_entropy(
+            out["logits"].float().flatten(0, 1), batch.targets.flatten(), ignore_index=-100
+        )
         used = out["expert_weights"].float().mean((0, 2))  # [adapted, E]
-        return answers + self.config.balance * (used.shape[1] * used.square().sum(1)).mean()
+        balance: Tensor = (used.shape[1] * used.square().sum(1)).mean()  # 1 where experts share evenly
+        return answers + self.config.balance * balance
 
     def run(self, sampler: Sampler, report: Report) -> None:
         config, start = self.config, time.monotonic()
@@ -113,7 +119,7 @@ class Trainer:
                 group["lr"] = config.learning_rate * min(1, (step + 1) / config.warm_up) * max(left, 0.02)
             loss = self.loss([sampler.draw() for _ in range(config.batch)])
             optimiser.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(self.parameters, 1.0)
             optimiser.step()
             if step % 20 == 0 or step == config.steps - 1:
