@@ -88,9 +88,9 @@ def decode(config: ModelConfig, *, batch: int = 2, capacity: int = 23, seed: int
 
 
 def attention64(
-    tensors: Mapping[str, Tensor], *, policy: Policy, statistic: Statistic, scale: float
+    tensors: Mapping[str, Tensor], *, policy: Policy, statistic: Statistic, scale: float, hidden: int | None = None
 ) -> tuple[Array, Array, Array]:
-    """DESIGN 3.2 row by row: output, masses before, masses after."""
+    """DESIGN 3.2 row by row: output, masses before, masses after. Nobody sees the keys of the group `hidden`."""
     query, key, value, key_group, position, length, first_row, table, strength, bias = (
         tensors[name].double().numpy() for name in ATTENTION_INPUTS
     )
@@ -99,14 +99,12 @@ def attention64(
     after = before.copy()
     for b, h, s in np.ndindex(batch, heads, rows):
         k, v = (x[b, h * x.shape[1] // heads] for x in (key, value))
-        seen = [
-            j
-            for j in range(len(k))
-            if j < length[b] and j <= position[b, s] and bias[b, int(key_group[b, j])] > -np.inf
-        ]
+        kinds = key_group[b].astype(int)
+        shown = (kinds != hidden) & (bias[b, kinds] > -np.inf)
+        seen = [j for j in range(len(k)) if j < length[b] and j <= position[b, s] and shown[j]]
         if not seen:
             continue
-        group = key_group[b, seen].astype(int)
+        group = kinds[seen]
         logits = k[seen] @ query[b, h, s] * scale + bias[b, group]
         p = np.exp(logits - logits.max())
         p /= p.sum()

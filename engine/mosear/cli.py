@@ -41,6 +41,11 @@ def parser() -> argparse.ArgumentParser:
     build.add_argument("--recipe", type=Path, default=RECIPE, help="default: %(default)s")
     build.add_argument("--checkpoint", type=Path, help="checkpoint folder (default: the demo's, assembled)")
     build.add_argument("--out", type=Path, default=BUILD, help="where onnx/ and engines/ lie (default: %(default)s)")
+    parity = _command(commands, "parity", _parity, "compare an engine with the PyTorch reference on 20 real prompts")
+    parity.add_argument("--engine", type=Path, default=ENGINE, help="default: %(default)s")
+    parity.add_argument("--checkpoint", type=Path, default=BUILD / "checkpoints" / "demo", help="default: %(default)s")
+    parity.add_argument("--prompts", type=int, default=20)
+    parity.add_argument("--output", type=Path, help="JSON file for the result")
     _ask_options(_command(commands, "ask", _ask, "ask about a clip"))
     bench = _command(commands, "bench", _bench, "measure latency: benchmarks/latency.py of a source checkout")
     bench.add_argument("rest", nargs=argparse.REMAINDER)
@@ -111,6 +116,20 @@ def _build(options: argparse.Namespace) -> None:
     recipe = Recipe.load(options.recipe)
     onnx_folder = export_checkpoint(_checkpoint(options), options.out / "onnx", _say)
     build_engine(recipe, onnx_folder, options.out / "engines", _say)
+
+
+def _parity(options: argparse.Namespace) -> None:
+    import json
+
+    from mosear_export.demo.fetch import default_cache, fetch
+    from mosear_export.parity import measure
+
+    files = fetch(default_cache(), _say)
+    result = json.dumps(measure(options.engine, options.checkpoint, files, _say, count=options.prompts), indent=2)
+    if options.output:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(result + "\n")
+    _say(result)
 
 
 def _ask(options: argparse.Namespace) -> None:

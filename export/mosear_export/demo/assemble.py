@@ -7,7 +7,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mosear.artifacts import existing, file_hash, publish
-from mosear.config import ARConfig, FaceConfig, ModelConfig, MoSEConfig, PromptConfig, SceneConfig, VoiceConfig
+from mosear.config import (
+    ARConfig,
+    FaceConfig,
+    ModelConfig,
+    MoSEConfig,
+    PromptConfig,
+    SceneConfig,
+    Select,
+    VoiceConfig,
+)
 from mosear_export import checkpoint
 from mosear_export.demo.efficientnet import read_scene
 from mosear_export.demo.face_api import read_detector, read_expression
@@ -39,7 +48,7 @@ def demo_config(model: GGUFModel) -> ModelConfig:
         name="mosear-demo",
         labels=LABELS,
         backbone=model.config(),
-        mose=MoSEConfig(),
+        mose=MoSEConfig(select=Select.TOP1),  # as the heads were trained
         ar=ARConfig(),
         voice=VoiceConfig(),
         face=FaceConfig(),

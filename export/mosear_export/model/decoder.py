@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mosear.config import BackboneConfig, ModelConfig, Route, Target
+from mosear.config import BackboneConfig, ModelConfig, Policy, Route, Select, Statistic, Target
 from mosear.contract import MODALITY_WEIGHT, heads
 from mosear.kernels.modality_experts.reference import gate_weights, modality_experts
 from mosear.kernels.reallocated_attention.policy import params
@@ -34,10 +34,10 @@ class ReferenceOps:
     """The whiteboard functions, called as they are."""
 
     def attend(self, *tensors: Tensor, policy: str, statistic: str, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-        return reallocated_attention(*tensors, policy=policy, statistic=statistic, scale=scale)  # type: ignore[arg-type]
+        return reallocated_attention(*tensors, policy=Policy(policy), statistic=Statistic(statistic), scale=scale)
 
     def adapt(self, *tensors: Tensor, scale: float, select: str, route: str) -> tuple[Tensor, Tensor]:
-        return modality_experts(*tensors, scale=scale, select=select, route=route)  # type: ignore[arg-type]
+        return modality_experts(*tensors, scale=scale, select=Select(select), route=Route(route))
 
     def write(self, cache: Tensor, rows: Tensor, start: Tensor) -> Tensor:
         return write_cache(cache, rows, start)

@@ -119,7 +119,7 @@ class Trainer:
                 group["lr"] = config.learning_rate * min(1, (step + 1) / config.warm_up) * max(left, 0.02)
             loss = self.loss([sampler.draw() for _ in range(config.batch)])
             optimiser.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             nn.utils.clip_grad_norm_(self.parameters, 1.0)
             optimiser.step()
             if step % 20 == 0 or step == config.steps - 1:
