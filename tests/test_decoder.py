@@ -192,7 +192,10 @@ class Blindfolded(ReferenceOps):
         self.group = group
 
     def attend(self, *tensors: Tensor, policy: str, statistic: str, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-        named, words = dict(zip(ATTENTION_INPUTS, tensors)), {"policy": Policy(policy), "statistic": Statistic(statistic)}
+        named, words = (
+            dict(zip(ATTENTION_INPUTS, tensors)),
+            {"policy": Policy(policy), "statistic": Statistic(statistic)},
+        )
         output, before, after = (
             torch.from_numpy(part).float() for part in attention64(named, **words, scale=scale, hidden=self.group)
         )

@@ -90,9 +90,7 @@ def test_names_and_axes_are_the_contracts(decoder: Exported) -> None:
         (proto.graph.input, part.inputs + part.heads),
         (proto.graph.output, part.outputs),
     ):
-        found = {
-            v.name: tuple(d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim) for v in values
-        }
+        found = {v.name: tuple(d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim) for v in values}
         assert found == {spec.name: spec.axes for spec in specs}
     assert [v.name for v in proto.graph.input] == [spec.name for spec in part.inputs + part.heads]
     opsets = {o.domain: o.version for o in proto.opset_import}

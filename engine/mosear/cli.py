@@ -71,7 +71,7 @@ def _ask_options(ask: argparse.ArgumentParser) -> None:
     ask.add_argument("--engine", type=Path, default=ENGINE, help="default: %(default)s")
     ask.add_argument("--task", default="reason", help=f"{', '.join(Task)} (default: %(default)s)")
     ask.add_argument("--words", default="", help="what the person says")
-    ask.add_argument("--max-tokens", type=int, default=defaults.max_tokens)
+    ask.add_argument("--max-tokens", type=int, help="of a reason (default: 64)")
     ask.add_argument("--ar-strength", type=float, help="attention reallocation, 0 to 1 (default: the checkpoint's)")
     ask.add_argument("--temperature", type=float, default=defaults.sampling.temperature)
     ask.add_argument("--top-p", type=float, default=defaults.sampling.top_p)

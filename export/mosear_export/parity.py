@@ -61,7 +61,9 @@ def _clip(frames: np.ndarray, waveform: np.ndarray) -> Clip:  # type: ignore[typ
     return Clip(frames=frames, frame_times_s=np.zeros(len(frames), np.float32), waveform=waveform, notes=())
 
 
-def measure(engine_folder: Path, checkpoint: Path, files: DemoFiles, report: Report, *, count: int = 20) -> dict[str, object]:
+def measure(
+    engine_folder: Path, checkpoint: Path, files: DemoFiles, report: Report, *, count: int = 20
+) -> dict[str, object]:
     """Compare an engine with the reference on `count` prompts; raises EngineError where an fp32 engine misses its bars."""
     reference = ReferenceBackend(ReferenceModel.load(checkpoint))
     errors: dict[str, list[tuple[float, float]]] = {name: [] for name in (*OUTPUTS, "tokens_in")}
@@ -72,7 +74,9 @@ def measure(engine_folder: Path, checkpoint: Path, files: DemoFiles, report: Rep
             found = _compare(engine, reference, clip, words, errors)
             if found:
                 divergences.append(Divergence(index, *found))
-            report(f"parity: prompt {index + 1} of {count}: {f'diverges at step {found[0]}' if found else 'tokens equal'}")
+            report(
+                f"parity: prompt {index + 1} of {count}: {f'diverges at step {found[0]}' if found else 'tokens equal'}"
+            )
         recipe = engine.recipe
     result: dict[str, object] = {
         "engine": recipe.name,

@@ -80,6 +80,7 @@ class Pipeline:
             notes.append("a conflict report needs a face and a voice: only what is there was judged")
         muted = ((), (AUDIO,), (VIDEO,)) if task is Task.CONFLICT and both else ((),)
         strength = self.config.ar.strength if request.strength is None else request.strength
+        assert request.max_tokens is not None  # checked() has set it
         room = request.max_tokens if task is Task.REASON else max(map(len, builder.labels))
         generation = Generation(self.backend, self.config, prompt, Rows(muted=muted, strength=strength), room=room)
         with stages("prefill"):
@@ -150,7 +151,7 @@ class Pipeline:
         first = {tokens[0]: index for index, tokens in enumerate(builder.labels)}
         start = time.perf_counter()
         sampler = Sampler(request.sampling)
-        for token, seen in stream(generation, logits, sampler, stop=builder.stop, limit=request.max_tokens):
+        for token, seen in stream(generation, logits, sampler, stop=builder.stop, limit=request.max_tokens or 0):
             ids.append(token)
             if token in first:
                 scores = log_softmax(seen)[[tokens[0] for tokens in builder.labels]]

@@ -14,6 +14,7 @@ from mosear.runtime.prompt import Task
 from mosear.runtime.sampling import Sampling
 
 FloatArray = npt.NDArray[np.float32]
+DEFAULT_TOKENS = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,7 +23,7 @@ class Request:
 
     video, audio: encoded media; the sound of `video` is heard unless `audio` is given. frames: u8 [F, H, W, 3] RGB and
     waveform: f32 [n] at the model's sample rate, in place of encoded media. strength: of attention reallocation, 0 to 1
-    (None: the checkpoint's).
+    (None: the checkpoint's). max_tokens: of `reason` (None: 64, or the engine's limit if that is lower).
     """
 
     task: Task | str = Task.CLASSIFY
@@ -31,7 +32,7 @@ class Request:
     frames: npt.NDArray[np.uint8] | None = None
     waveform: FloatArray | None = None
     words: str | bytes = ""
-    max_tokens: int = 64
+    max_tokens: int | None = None
     strength: float | None = None
     sampling: Sampling = field(default_factory=Sampling)
 
@@ -53,8 +54,9 @@ class Request:
             raise RequestError(f"text_input has {len(words)} characters; this engine takes {limits.words}: shorten it")
         if self.task not in set(Task):
             raise RequestError(f"task is {self.task!r}: choose one of {', '.join(Task)}")
-        if type(self.max_tokens) is not int or not 1 <= self.max_tokens <= limits.new_tokens:
-            raise RequestError(f"max_tokens is {self.max_tokens}: it must lie from 1 to {limits.new_tokens}")
+        max_tokens = min(DEFAULT_TOKENS, limits.new_tokens) if self.max_tokens is None else self.max_tokens
+        if type(max_tokens) is not int or not 1 <= max_tokens <= limits.new_tokens:
+            raise RequestError(f"max_tokens is {max_tokens}: it must lie from 1 to {limits.new_tokens}")
         strength = self.strength
         if strength is not None and not (math.isfinite(strength) and 0 <= strength <= 1):
             raise RequestError(f"ar_strength is {strength}: it must lie from 0 (off) to 1")
@@ -62,7 +64,7 @@ class Request:
         if all(part is None for part in media) and not words.strip():
             raise RequestError("the request is empty: send a video, a sound or words")
         _check_arrays(self.frames, self.waveform)
-        return dataclasses.replace(self, task=Task(self.task), words=words.strip())
+        return dataclasses.replace(self, task=Task(self.task), words=words.strip(), max_tokens=max_tokens)
 
 
 def _check_arrays(frames: npt.NDArray[np.generic] | None, waveform: npt.NDArray[np.generic] | None) -> None:

@@ -1,0 +1,144 @@
+"""In-process latency of built engines beside peers: `python benchmarks/latency.py` (see --help)."""
+
+import argparse
+import dataclasses
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import cases
+import machine
+import report
+
+from mosear.engine import Engine
+from mosear.errors import MosearError
+from mosear.recipe import Precision
+
+DEFAULT_ENGINES = (Path("build/engines/cpu-fp32"), Path("build/engines/cpu-int8"))
+NOTES = (
+    "bytes per token (a bound from below, cache and activations left out): engines: size of decoder.onnx.data + 4 x values "
+    "in heads.safetensors (heads and gates run in fp32); peers: 4 x parameters. share = tokens/s * bytes per token / read "
+    "bandwidth.",
+    "prefill is the time from the assembled prompt to the first token; tokens/s counts the tokens after the first.",
+    "AR 0 switches reallocation off by its strength; the graph still computes the masses.",
+    "transformers-llama runs the same prompt embeddings and as many tokens through the backbone alone: no AR, no MoSE.",
+    "percentiles interpolate linearly between ranks; with few samples p99 is nearly the maximum.",
+)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--engine", type=Path, action="append", help="engine folder (repeatable)")
+    parser.add_argument("--checkpoint", type=Path, default=Path("build/checkpoints/demo"))
+    parser.add_argument("--n", type=int, default=50, help="repeats of each engine's cases; peers: max(3, n // 10)")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results") / machine.slug())
+    parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--tokens", type=int, default=64, help="greedy tokens of a reason case")
+    parser.add_argument("--memory-requests", type=int, default=200, help="0: no memory run")
+    options = parser.parse_args()
+    options.engine = options.engine or [folder for folder in DEFAULT_ENGINES if folder.exists()]
+    if not options.engine:
+        parser.error("there is no engine: build one with `python export/build_engine.py` or name one with --engine")
+    if len({folder.name for folder in options.engine}) < len(options.engine):
+        parser.error("two engine folders have the same name: results are kept by that name")
+    if options.n < 1 or options.tokens < 2 or options.memory_requests < 0:
+        parser.error("--n must be 1 or more, --tokens 2 or more, --memory-requests 0 or more")
+    return options
+
+
+def make_demo_clip(folder: Path) -> Path:
+    from mosear_export.demo.clip import make_clip
+    from mosear_export.demo.fetch import default_cache, fetch
+
+    return make_clip(fetch(default_cache(), say), folder / "clip.mp4").path
+
+
+def run(options: argparse.Namespace, clip_path: Path) -> report.Result:
+    import torch
+
+    before, stamp, clip = machine.measure_limits(), machine.stamp(), clip_path.read_bytes()
+    with ExitStack() as stack:
+        engines = [stack.enter_context(Engine(folder)) for folder in options.engine]
+        threads = engines[0].recipe.used_threads
+        torch.set_num_threads(threads)
+        subjects = [cases.engine_subject(engine, clip, tokens=options.tokens) for engine in engines]
+        reference = cases.reference_subject(options.checkpoint, engines[0], clip, tokens=options.tokens)
+        checks = cases.check(list(zip(engines, subjects, strict=True)), reference)
+        counts: list[tuple[cases.Subject, int]] = [(subject, options.n) for subject in subjects]
+        if options.peers:
+            few, config = max(3, options.n // 10), engines[0].config
+            llama = cases.Llama(options.checkpoint, config, reference.embedded(), tokens=options.tokens)
+            checks[llama.name] = f"logit error {cases.check_llama(llama, reference):.1e} of the largest, heads zero"
+            counts += [(reference, few), (llama, few)]
+        say("checked; timing")
+        timed = cases.time_all(counts, say)
+    fp32 = [engine.folder for engine in engines if engine.recipe.precision is Precision.FP32]
+    limits = before.best(machine.measure_limits())
+    rows, shares = tabulate(timed, counts, limits.read_bytes_s)
+    stamp["load_average_after"] = machine.stamp()["load_average"]
+    wanted = options.memory_requests if fp32 else 0
+    return report.Result(
+        machine=stamp,
+        limits=dataclasses.asdict(limits),
+        settings={"n": options.n, "tokens": options.tokens, "threads": threads, "strength": cases.STRENGTH},
+        checks=checks,
+        rows=rows,
+        shares=shares,
+        memory=measure_memory(fp32[0], clip_path, wanted) if wanted else {},
+        notes=NOTES,
+    )
+
+
+def tabulate(
+    timed: Mapping[tuple[str, str], cases.Samples], counts: Sequence[tuple[cases.Subject, int]], bandwidth: float
+) -> tuple[list[report.Row], list[report.Share]]:
+    repeats = {subject.name: count for subject, count in counts}
+    size = {subject.name: subject.bytes_per_token for subject, _ in counts}
+    rows, shares = [], []
+    for (subject, case), samples in timed.items():
+        for (measure, unit), values in samples.items():
+            row = report.summarise(subject, case, measure, unit, values, repeats=repeats[subject])
+            rows.append(row)
+            if measure == report.DECODE:
+                shares.append(
+                    report.share_of_bandwidth(
+                        subject, case, tokens_s=row.p50, bytes_per_token=size[subject], bandwidth=bandwidth
+                    )
+                )
+    return rows, shares
+
+
+def measure_memory(engine: Path, clip: Path, requests: int) -> dict[str, object]:
+    """In a fresh process, so that torch and the peers are not counted."""
+    say(f"memory: {requests} requests in a process of their own")
+    command = [sys.executable, cases.__file__, str(engine), str(clip), str(requests)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    found: dict[str, dict[str, int]] = json.loads(done.stdout)
+    totals = {f"PSS bytes after request {count}": sum(parts.values()) for count, parts in found.items()}
+    return {"engine": engine.name, **totals, "by process": found}
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def main() -> int:
+    options = parse_arguments()
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            result = run(options, make_demo_clip(Path(folder)))
+    except MosearError as error:
+        say(f"error: {error}")
+        return 1
+    print(report.text(result))
+    for path in report.write(result, options.out):
+        say(f"wrote {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
