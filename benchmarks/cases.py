@@ -161,9 +161,10 @@ class Llama:
             num_hidden_layers=b.layers, num_attention_heads=b.heads, num_key_value_heads=b.kv_heads,
             head_dim=b.head_size, rms_norm_eps=b.norm_eps, max_position_embeddings=b.max_positions,
             rope_parameters={"rope_type": "default", "rope_theta": b.rope_theta},
-            tie_word_embeddings=b.tied_embeddings, attn_implementation="sdpa",
+            tie_word_embeddings=b.tied_embeddings,
         )  # fmt: skip
-        self.model = LlamaForCausalLM(settings).float().eval()
+        settings._attn_implementation = "sdpa"
+        self.model = LlamaForCausalLM(settings).to(torch.float32).eval()
         lost, extra = self.model.load_state_dict(load_file(checkpoint / "backbone.safetensors"), strict=False)
         if extra or set(lost) - {"lm_head.weight"}:
             raise EngineError(f"{checkpoint}: transformers lacks {lost} and does not know {extra}")

@@ -108,7 +108,9 @@ def make_clip(
     kind = CONTAINERS[container]
     rate = sample_rate or kind.sample_rate
     with tempfile.NamedTemporaryFile() as file:  # movflags=faststart reads the file again, by its name
-        with av.open(file.name, "w", format=kind.muxer, options=options or {}) as out:
+        # All pictures are written before all sound: the muxer must wait for both (0), not give up after 10 s.
+        muxing = {"max_interleave_delta": "0"} | (options or {})
+        with av.open(file.name, "w", format=kind.muxer, options=muxing) as out:
             pictures = track = None
             if kind.video and video:
                 extra = _OPTIONS.get(kind.video, {}) | (video_options or {})

@@ -17,7 +17,13 @@ from mosear.contract import AR_PARAMS, DECODER, MODALITY_WEIGHT, parts
 from mosear_export.demo.fetch import DemoFiles
 from mosear_export.demo.smollm import GGUFModel
 from mosear_export.model.decoder import (
-    Decoder, ReferenceOps, empty_cache, rope_tables, rotate, write_cache, zero_heads,
+    Decoder,
+    ReferenceOps,
+    empty_cache,
+    rope_tables,
+    rotate,
+    write_cache,
+    zero_heads,
 )  # fmt: skip
 from mosear_export.model.whole import ReferenceModel, run_decoder
 from mosear_export.ops import ATTENTION_INPUTS

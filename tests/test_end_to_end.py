@@ -13,12 +13,6 @@ import numpy as np
 import onnx
 import pytest
 import toy
-from mosear_export import checkpoint
-from mosear_export.build import build_engine
-from mosear_export.export import export_checkpoint
-from mosear_export.model.whole import ReferenceModel
-from mosear_export.quantise import quantise_int8
-from mosear_export.reference_backend import ReferenceBackend
 from tokenizers import AddedToken, Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
@@ -34,6 +28,12 @@ from mosear.recipe import Heads, Limits, Precision, Recipe
 from mosear.runtime.pipeline import Pipeline, StageDone, Words
 from mosear.runtime.request import Answer, Request
 from mosear.runtime.sampling import Sampling
+from mosear_export import checkpoint
+from mosear_export.build import build_engine
+from mosear_export.export import export_checkpoint
+from mosear_export.model.whole import ReferenceModel
+from mosear_export.quantise import quantise_int8
+from mosear_export.reference_backend import ReferenceBackend
 
 CONTROL = ("<|start|>", "<|end|>")
 LIMITS = Limits(clip_seconds=2.0, words=200, new_tokens=12, prompt_tokens=400)

@@ -80,6 +80,8 @@ class MediaFile:
                     self.check_seconds(reached_s)
         except MemoryError:
             raise
+        except IndexError:  # PyAV 18 stumbles, after the last packet, over a stream that it did not know at the start
+            self.note("a stream that begins late was left out")
         except av.FFmpegError as error:
             self.note(f"damaged after {reached_s:.2f} s ({error.strerror}); what comes before was used")
         promised_s = max((float(s.duration * s.time_base) for s in chosen if s.duration and s.time_base), default=0.0)
