@@ -164,7 +164,7 @@ class Llama:
             tie_word_embeddings=b.tied_embeddings,
         )  # fmt: skip
         settings._attn_implementation = "sdpa"
-        self.model = LlamaForCausalLM(settings).to(torch.float32).eval()
+        self.model = LlamaForCausalLM(settings).eval()  # fp32, torch's default
         lost, extra = self.model.load_state_dict(load_file(checkpoint / "backbone.safetensors"), strict=False)
         if extra or set(lost) - {"lm_head.weight"}:
             raise EngineError(f"{checkpoint}: transformers lacks {lost} and does not know {extra}")

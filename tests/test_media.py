@@ -144,6 +144,31 @@ def test_the_duration_in_the_header_is_not_believed(
     assert len(clip.notes) == noted and all("header promises 100.00 s, but it holds 3.0" in n for n in clip.notes)
 
 
+def flv_tags(data: bytes | bytearray) -> Iterator[tuple[int, int, int, int]]:
+    """(kind, time in ms, start, end) of the tags of an flv file: kind 8 is sound, 9 pictures, 18 text."""
+    start = 13
+    while start + 11 < len(data):
+        end = start + 15 + int.from_bytes(data[start + 1 : start + 4], "big")
+        yield data[start], int.from_bytes(data[start + 4 : start + 7], "big"), start, end
+        start = end
+
+
+def test_sound_that_begins_late_is_found(reader: MediaReader) -> None:
+    data = make_clip("flv", seconds=12)
+    kept = [data[start:end] for kind, ms, start, end in flv_tags(data) if kind != 8 or ms == 0 or ms >= 8000]
+    clip = reader.read(data[:13] + b"".join(kept), None)
+    assert abs(len(clip.waveform) / RATE - 4) < 0.1 and clip.notes == ()
+
+
+def test_a_stream_that_no_one_knew_of_is_left_out(reader: MediaReader) -> None:
+    data = bytearray(make_clip("flv", seconds=12))
+    late = [start for kind, ms, start, _ in flv_tags(data) if kind == 9 and ms > 11_000]
+    data[late[0]] = 18
+    clip = reader.read(bytes(data), None)
+    assert numbers(clip) == [int((i + 0.5) * 300 / FRAMES) for i in range(FRAMES)]
+    assert clip.notes == ("video_bytes: a stream that begins late was left out",)
+
+
 @pytest.mark.parametrize("container", ["mp4", "mkv"])
 @pytest.mark.parametrize(
     "options",

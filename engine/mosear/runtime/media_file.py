@@ -17,6 +17,10 @@ from mosear.runtime.media import MediaLimits
 
 # Nothing that opens other files or addresses by itself (playlists, ffconcat, sdp) may be probed.
 _OPTIONS = {"format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,flv,wav,flac,mp3,ogg", "protocol_whitelist": ""}
+_OPTIONS |= {
+    "analyzeduration": "60000000",
+    "probesize": str(1 << 30),
+}  # us, bytes: flv names no stream that begins late
 _NAMES = "mp4, mov, mkv, webm, flv, wav, flac, mp3 or ogg"
 _WHOLE = "a whole clip that lasts more than 0 s"
 _SLACK_S = 0.25  # encoders fill their last block: 1024 samples at 8 kHz are 0.13 s
