@@ -99,7 +99,9 @@ def test_an_altered_or_missing_file_is_named(folder: Path) -> None:
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    with pytest.raises(CheckpointError, match=r"voice\.safetensors was altered: expected sha256 .* copy the folder anew"):
+    with pytest.raises(
+        CheckpointError, match=r"voice\.safetensors was altered: expected sha256 .* copy the folder anew"
+    ):
         Checkpoint.open(folder)
     path.unlink()
     with pytest.raises(CheckpointError, match=r"voice\.safetensors is missing"):

@@ -97,7 +97,9 @@ def test_kernels_know_the_configuration_alone() -> None:
     for path in sources(ENGINE / "kernels"):
         for name, _ in imports(path):
             if within(name, "mosear") or within(name, "mosear_export"):
-                known = within(name, "mosear.kernels") or within(name, "mosear.config") or within(name, "mosear.contract")
+                known = (
+                    within(name, "mosear.kernels") or within(name, "mosear.config") or within(name, "mosear.contract")
+                )
                 assert known, f"{name_of(path)} imports {name}"
 
 
@@ -119,7 +121,9 @@ def test_loading_the_engine_brings_no_building_tool() -> None:
     """In a process of its own: every module of the runtime and the backends, and the engine above them."""
     modules = ["mosear.engine", "mosear.ask", "mosear.doctor", "mosear.cli"]
     for package in ("runtime", "backends"):
-        modules += [f"mosear.{package}.{p.stem}" for p in sorted((ENGINE / package).glob("*.py")) if p.stem != "__init__"]
+        modules += [
+            f"mosear.{package}.{p.stem}" for p in sorted((ENGINE / package).glob("*.py")) if p.stem != "__init__"
+        ]
     optional = [m for m in modules if m.endswith(("tensorrt", "_cuda"))]  # may need packages that are not here
     code = (
         "import importlib, sys\n"

@@ -7,7 +7,7 @@ import json
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -75,11 +75,14 @@ class BackboneConfig:
     tied_embeddings: bool
 
     def __post_init__(self) -> None:
+        _check_positive("backbone", self, [field.name for field in dataclasses.fields(self)][:-1])
         if self.heads % self.kv_heads:
             raise ConfigError(
                 f"backbone.heads is {self.heads}, which is no multiple of kv_heads {self.kv_heads}: "
                 "every key/value head must serve the same number of query heads"
             )
+        if self.head_size % 2:
+            raise ConfigError(f"backbone.head_size is {self.head_size}: rotary embedding needs an even number")
 
     def linear_size(self, target: "Target") -> tuple[int, int]:
         """Input and output width of a linear layer."""
@@ -107,6 +110,11 @@ class MoSEConfig:
     share_a: bool = True
     route: Route = Route.TOKEN
     select: Select = Select.SOFT
+
+    def __post_init__(self) -> None:
+        _check_positive("mose", self, ["rank", "experts"])
+        if len(set(self.targets)) < len(self.targets):
+            raise ConfigError(f"mose.targets is {list(map(str, self.targets))}: name each layer once")
 
     @property
     def scale(self) -> float:
@@ -231,6 +239,10 @@ class ModelConfig:
             raise ConfigError(
                 f"groups is {list(self.groups)}: it must begin with text, video, audio and hold at most 8 names"
             )
+        if not self.labels:
+            raise ConfigError("labels is empty: name at least one emotion")
+        if unknown := [layer for layer in self.ar.layers if not 0 <= layer < self.backbone.layers]:
+            raise ConfigError(f"ar.layers names {unknown}: backbone.layers is {self.backbone.layers}, counted from 0")
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -267,7 +279,16 @@ def parse(cls: type[T], data: object, *, where: str) -> T:
             values[name] = _value(hints[name], data[name], f"{where}: {name}")
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise ConfigError(f"{where} lacks the key '{name}' ({hints[name]}): add it")
-    return cls(**values)
+    try:
+        return cls(**values)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+
+
+def _check_positive(section: str, config: object, names: Iterable[str]) -> None:
+    for name in names:
+        if (value := getattr(config, name)) <= 0:
+            raise ConfigError(f"{section}.{name} is {value}: it must be above 0")
 
 
 def _value(hint: Any, data: object, where: str) -> object:  # Any: a type hint has no static type

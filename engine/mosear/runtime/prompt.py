@@ -87,15 +87,12 @@ class PromptBuilder:
         ids: list[int] = []
         group: list[int] = []
         fields: dict[str, slice] = {}
-        for part in re.split(r"(\{\w+\})", "".join(pieces)):
-            field = part[1:-1]
-            if part == "{words}":
-                added = self.encode(words)
-            elif part.startswith("{") and field in GROUP_OF:
-                added = [HOLE] * counts[field]
-                fields[field] = slice(len(ids), len(ids) + len(added))
+        for i, part in enumerate(re.split(r"\{(face|scene|voice|words)\}", "".join(pieces))):
+            if i % 2 == 0 or part == "words":
+                added = self.encode(words if i % 2 else part)
             else:
-                added = self.encode(part)
+                added = [HOLE] * counts[part]
+                fields[part] = slice(len(ids), len(ids) + len(added))
             ids += added
-            group += [GROUP_OF.get(field, TEXT) if part.startswith("{") else TEXT] * len(added)
+            group += [GROUP_OF.get(part, TEXT) if i % 2 else TEXT] * len(added)
         return Prompt(ids=np.array(ids, np.int32), group=np.array(group, np.int32), fields=fields)

@@ -6,7 +6,7 @@ balance  A modality whose share s_g / (s_a + s_v) of the two lies above its tau 
 target   audio gets the share `audio_share` of m_a + m_v, `move_audio` of the way. Only where both are visible.
 off      pi = m.
 
-The thresholds, the ramp and the moved share are ours; the paper's are not public.
+The thresholds, the ramp and the moved share are ours, not the paper's.
 """
 
 import torch
