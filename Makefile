@@ -19,7 +19,7 @@ $(BIN)/python:
 check: | $(BIN)/python
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy --strict engine/mosear export/mosear_export
+	$(BIN)/mypy --strict engine/mosear export/mosear_export benchmarks
 
 test: | $(BIN)/python
 	$(BIN)/python -m pytest -m "not full"
@@ -34,6 +34,8 @@ demo-local: | $(BIN)/python
 	$(BIN)/mosear ask $(CLIP) --local --task conflict
 
 bench: | $(BIN)/python
+	$(BIN)/python export/build_engine.py
+	$(BIN)/python export/build_engine.py --recipe export/recipes/cpu-int8.toml
 	$(BIN)/python benchmarks/latency.py
 
 # What was built; the environment and the fetched parts stay.

@@ -255,6 +255,20 @@ def test_a_row_that_sees_no_key_is_zeros(attend: Attend, policy: Policy, statist
         assert part.isfinite().all()
 
 
+@pytest.mark.parametrize(("policy", "statistic"), POLICIES)
+def test_without_causality_a_row_sees_every_filled_key(policy: Policy, statistic: Statistic) -> None:
+    """The whiteboard alone: a decoder is causal, its plain flavour too."""
+    config = config_of(policy, statistic)
+    tensors = make(config, batch=2, rows=6, capacity=12) | {"first_row": torch.zeros(2).int()}
+    live = tensors["query_position"] >= 0  # [B, S]
+    last = torch.where(live, tensors["key_length"][:, None] - 1, -1)
+    expected = whiteboard(config, tensors | {"query_position": last})
+    actual = reallocated_attention(**tensors, policy=policy, statistic=statistic, scale=8**-0.5, causal=False)
+    assert not live.all()
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert ours.equal(theirs) and not ours.transpose(1, 2)[~live].any()
+
+
 @both
 @pytest.mark.parametrize(("policy", "statistic"), ACTIVE)
 def test_rows_before_first_row_keep_their_masses(attend: Attend, policy: Policy, statistic: Statistic) -> None:
