@@ -192,33 +192,33 @@ def test_a_modality_without_rows_is_gated_evenly() -> None:
 
 
 class Blindfolded(ReferenceOps):
-    """Attention in float64 that hides the keys of one group."""
+    """Attention in float64 that hides the keys of one group, or of none."""
 
-    def __init__(self, group: int) -> None:
+    def __init__(self, group: int | None) -> None:
         self.group = group
 
     def attend(self, *tensors: Tensor, policy: str, statistic: str, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-        named, words = (
-            dict(zip(ATTENTION_INPUTS, tensors)),
-            {"policy": Policy(policy), "statistic": Statistic(statistic)},
-        )
-        output, before, after = (
-            torch.from_numpy(part).float() for part in attention64(named, **words, scale=scale, hidden=self.group)
-        )
+        named, rule = dict(zip(ATTENTION_INPUTS, tensors, strict=True)), Policy(policy)
+        answers = attention64(named, policy=rule, statistic=Statistic(statistic), scale=scale, hidden=self.group)
+        output, before, after = (torch.from_numpy(part).float() for part in answers)
         return output, before, after
 
 
 @both_shapes
 @pytest.mark.parametrize("choice", CHOICES)
-@pytest.mark.parametrize("muted", [VIDEO, AUDIO])
-def test_muting_is_hiding_those_keys_from_every_row_of_every_layer(shape: str, choice: str, muted: int) -> None:
+@pytest.mark.parametrize("muted", [None, TEXT, VIDEO, AUDIO])
+def test_muting_is_hiding_those_keys_from_every_row_of_every_layer(shape: str, choice: str, muted: int | None) -> None:
+    """With both modalities there the policy acts as well, and is the one of the configuration."""
     config = toy_config(backbone=SHAPES[shape], **CHOICES[choice])
     bias = torch.zeros(2, 3)
-    tensors = decoder_inputs(config, batch=2, rows=12, capacity=CAPACITY, lengths=[12, 9], group_bias=bias)
+    tensors = decoder_inputs(config, batch=2, rows=12, capacity=CAPACITY, lengths=[12, 9], group_bias=bias.clone())
     tensors["first_row"][:] = 4
     hidden = run(toy_model(config, ops=Blindfolded(muted)), tensors)
-    outputs = run(toy_model(config), tensors | {"group_bias": bias.index_fill(1, torch.tensor(muted), -torch.inf)})
+    if muted is not None:
+        bias[:, muted] = -torch.inf
+    outputs = run(toy_model(config), tensors | {"group_bias": bias})
     off_the_jump(outputs, AR.sigma)
+    assert outputs["mass_after"].equal(outputs["mass_before"]) == (muted in (VIDEO, AUDIO))
     for b, length in enumerate((12, 9)):
         assert_close(outputs["logits"][b, :length], hidden["logits"][b, :length], "toy")
     assert_close(outputs["mass_after"], hidden["mass_after"], "toy")
