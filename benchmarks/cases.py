@@ -74,8 +74,8 @@ class Served:
         self.prompt, self.fields = reason_prompt(pipeline, clip)
         self.cases: dict[str, Callable[[], Samples]] = {
             "classify": self.classify,
+            "first word": self.first_word,
             "reason": lambda: self.reason(STRENGTH).samples,
-            "reason AR 0": lambda: self.reason(0.0).samples,
         }
 
     def label(self) -> tuple[str, int, dict[str, float]]:
@@ -86,6 +86,11 @@ class Served:
 
     def classify(self) -> Samples:
         return {(stage, "ms"): [ms] for stage, ms in self.label()[2].items()}
+
+    def first_word(self) -> Samples:
+        """From the clip's bytes to the first token of a streamed reason."""
+        request = Request(task=Task.REASON, video=self.clip, words=WORDS, strength=STRENGTH, max_tokens=1)
+        return {("total", "ms"): [self.pipeline.answer(request).timings_ms["total"]]}
 
     def reason(self, strength: float, tokens: int | None = None) -> Decoded:
         """Exactly that many greedy tokens, whatever they are."""
@@ -123,6 +128,12 @@ def engine_subject(engine: Engine, clip: bytes, *, tokens: int) -> Served:
     heads = engine.folder / HEADS
     size = (engine.folder / "decoder.onnx.data").stat().st_size + head_bytes(heads)
     return Served(engine.folder.name, engine.pipeline, clip, tokens=tokens, bytes_per_token=size)
+
+
+def decode_only(subject: Served) -> Served:
+    """The subject with its decode case alone."""
+    subject.cases = {"reason": subject.cases["reason"]}
+    return subject
 
 
 def head_bytes(path: Path) -> int:

@@ -10,21 +10,22 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+import bare
 import cases
 import machine
 import report
 
 from mosear.engine import Engine
 from mosear.errors import MosearError
-from mosear.recipe import Precision
 
 DEFAULT_ENGINES = (Path("build/engines/cpu-fp32"), Path("build/engines/cpu-int8"))
 NOTES = (
-    "bytes per token (a bound from below, cache and activations left out): engines: size of decoder.onnx.data + 4 x values "
+    "bytes per token, of weights alone (cache and activations left out): engines: size of decoder.onnx.data + 4 x values "
     "in heads.safetensors (heads and gates run in fp32); peers: 4 x parameters. share = tokens/s * bytes per token / read "
     "bandwidth.",
-    "prefill is the time from the assembled prompt to the first token; tokens/s counts the tokens after the first.",
-    "AR 0 switches reallocation off by its strength; the graph still computes the masses.",
+    "first word: from the clip's bytes to the first token of a reason. prefill: from the assembled prompt to the first "
+    "token; tokens/s counts the tokens after the first.",
+    "bare: the same backbone and recipe exported without experts and with policy off; it still reports the masses.",
     "transformers-llama runs the same prompt embeddings and as many tokens through the backbone alone: no AR, no MoSE.",
     "percentiles interpolate linearly between ranks; with few samples p99 is nearly the maximum.",
 )
@@ -37,6 +38,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--n", type=int, default=50, help="repeats of each engine's cases; peers: max(3, n // 10)")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results") / machine.slug())
     parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--bare", type=Path, default=Path("build/bare"), help="where engines without AR and MoSE are kept")
     parser.add_argument("--tokens", type=int, default=64, help="greedy tokens of a reason case")
     parser.add_argument("--memory-requests", type=int, default=200, help="0: no memory run")
     options = parser.parse_args()
@@ -60,15 +62,19 @@ def make_demo_clip(folder: Path) -> Path:
 def run(options: argparse.Namespace, clip_path: Path) -> report.Result:
     import torch
 
-    before, stamp, clip = machine.measure_limits(), machine.stamp(), clip_path.read_bytes()
+    clip = clip_path.read_bytes()
     with ExitStack() as stack:
         engines = [stack.enter_context(Engine(folder)) for folder in options.engine]
+        folders = [bare.bare_engine(engine.recipe, options.checkpoint, options.bare, say) for engine in engines]
+        plain = [stack.enter_context(Engine(folder)) for folder in folders]
+        before, stamp = machine.measure_limits(), machine.stamp()
         threads = engines[0].recipe.used_threads
         torch.set_num_threads(threads)
         subjects = [cases.engine_subject(engine, clip, tokens=options.tokens) for engine in engines]
+        decoders = [cases.decode_only(cases.engine_subject(e, clip, tokens=options.tokens)) for e in plain]
         reference = cases.reference_subject(options.checkpoint, engines[0], clip, tokens=options.tokens)
         checks = cases.check(list(zip(engines, subjects, strict=True)), reference)
-        counts: list[tuple[cases.Subject, int]] = [(subject, options.n) for subject in subjects]
+        counts: list[tuple[cases.Subject, int]] = [(subject, options.n) for subject in (*subjects, *decoders)]
         if options.peers:
             few, config = max(3, options.n // 10), engines[0].config
             llama = cases.Llama(options.checkpoint, config, reference.embedded(), tokens=options.tokens)
@@ -76,11 +82,9 @@ def run(options: argparse.Namespace, clip_path: Path) -> report.Result:
             counts += [(reference, few), (llama, few)]
         say("checked; timing")
         timed = cases.time_all(counts, say)
-    fp32 = [engine.folder for engine in engines if engine.recipe.precision is Precision.FP32]
     limits = before.best(machine.measure_limits())
     rows, shares = tabulate(timed, counts, limits.read_bytes_s)
     stamp["load_average_after"] = machine.stamp()["load_average"]
-    wanted = options.memory_requests if fp32 else 0
     return report.Result(
         machine=stamp,
         limits=dataclasses.asdict(limits),
@@ -88,7 +92,6 @@ def run(options: argparse.Namespace, clip_path: Path) -> report.Result:
         checks=checks,
         rows=rows,
         shares=shares,
-        memory=measure_memory(fp32[0], clip_path, wanted) if wanted else {},
         notes=NOTES,
     )
 
@@ -130,7 +133,12 @@ def main() -> int:
     options = parse_arguments()
     try:
         with tempfile.TemporaryDirectory() as folder:
-            result = run(options, make_demo_clip(Path(folder)))
+            clip = make_demo_clip(Path(folder))
+            result = run(options, clip)
+            report.write(result, options.out)  # kept if the memory run fails
+            if options.memory_requests:
+                memory = measure_memory(options.engine[0], clip, options.memory_requests)
+                result = dataclasses.replace(result, memory=memory)
     except MosearError as error:
         say(f"error: {error}")
         return 1

@@ -5,6 +5,7 @@ import importlib.metadata
 import os
 import platform
 import re
+import subprocess
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -69,6 +70,7 @@ def stamp() -> dict[str, object]:
         "kernel": platform.release(),
         "python": platform.python_version(),
         **{name: _version(name) for name in PACKAGES},
+        "commit": _commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "load_average": list(os.getloadavg()),
     }
@@ -90,6 +92,18 @@ def _version(name: str) -> str:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return "none"
+
+
+def _commit() -> str:
+    """Short hash of the source that was measured; `+` where files differ from it."""
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty=+", "--exclude=*"],
+            cwd=Path(__file__).parent, check=True, capture_output=True, text=True,
+        )  # fmt: skip
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return found.stdout.strip()
 
 
 def tree_pss_bytes() -> dict[str, int]:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import media_factory
 import numpy as np
-import onnx
 import pytest
 import toy
 from tokenizers import AddedToken, Tokenizer
@@ -32,7 +31,6 @@ from mosear_export import checkpoint
 from mosear_export.build import build_engine
 from mosear_export.export import export_checkpoint
 from mosear_export.model.whole import ReferenceModel
-from mosear_export.quantise import quantise_int8
 from mosear_export.reference_backend import ReferenceBackend
 
 CONTROL = ("<|start|>", "<|end|>")
@@ -182,7 +180,7 @@ def test_bad_sampling_is_refused(sampling: dict[str, float]) -> None:
 
 
 def test_a_clip_longer_than_the_recipe_allows_is_refused(engine: Engine) -> None:
-    with pytest.raises(MediaError, match="max_seconds = 2"):
+    with pytest.raises(MediaError, match="longer than 2 s: .*clip_seconds"):
         engine.pipeline.answer(Request(video=media_factory.make_clip("mp4", seconds=3.0)))
 
 
@@ -248,14 +246,6 @@ def test_baked_heads_and_int8_answer_too(folders: dict[str, Path], engine: Engin
         answer = other.pipeline.answer(Request(video=clip))
         assert answer.joint
         np.testing.assert_allclose(answer.modality_mass, wanted.modality_mass, atol=0.2)
-
-
-def test_int8_takes_every_linear_layer_and_no_head(folders: dict[str, Path], tmp_path: Path) -> None:
-    count = quantise_int8(folders["onnx"] / "decoder.onnx", tmp_path / "decoder.onnx", block=16)
-    config = toy.toy_config().backbone
-    assert count == 7 * config.layers + 1
-    graph = onnx.load(tmp_path / "decoder.onnx").graph
-    assert {value.name for value in graph.input} >= {"layers.0.q_proj.a", "layers.0.q_proj.b"}
 
 
 def test_a_misspelt_recipe_key_is_named(tmp_path: Path) -> None:

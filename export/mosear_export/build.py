@@ -8,19 +8,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 from onnx import numpy_helper
 from safetensors.numpy import load_file
 
-from mosear.artifacts import Draft, Manifest, existing, publish
+from mosear.artifacts import Draft, Manifest, existing, file_hash, publish
+from mosear.backends import onnxruntime_cpu
 from mosear.backends.onnxruntime_cpu import OnnxRuntimeBackend, optimise
 from mosear.config import ModelConfig
 from mosear.contract import DECODER, Tensors, parts
 from mosear.engine import CONFIG, HEADS, KIND, TOKENIZER, load_heads
 from mosear.errors import EngineError
 from mosear.recipe import Heads, Precision, Recipe
-from mosear_export import export, golden
-from mosear_export.quantise import bake, quantise_int8
+from mosear_export import export, fuse, golden, quantise
 
 Report = Callable[[str], None]
 # Largest root mean square error of a part's golden outputs, relative to theirs. Golden inputs are random numbers, which
@@ -38,6 +39,7 @@ def build_engine(recipe: Recipe, onnx_folder: Path, root: Path, report: Report) 
     inputs: dict[str, object] = {
         "onnx": source.files,
         "recipe": dataclasses.asdict(recipe),
+        "code": {module.__name__: file_hash(Path(str(module.__file__))) for module in (fuse, quantise, onnxruntime_cpu)},
         "onnxruntime": onnxruntime.__version__,
         "machine": platform.machine(),
         "processor": processor(),
@@ -62,17 +64,26 @@ def _compile(recipe: Recipe, onnx_folder: Path, draft: Draft, report: Report) ->
     table = parts(ModelConfig.load(onnx_folder / CONFIG))
     for index, name in enumerate(table, 1):
         report(f"engine: {name} ({index} of {len(table)})")
+        source = onnx_folder / f"{name}.onnx"
+        if name != DECODER:
+            optimise(source, draft.folder / source.name)
+            continue
+        model = prepare_decoder(onnx.load(source), recipe, load_file(onnx_folder / HEADS) if baked else {})
+        draft.notes["int8_matrices"] = sum(node.op_type == "MatMulNBits" for node in model.graph.node)
         with tempfile.TemporaryDirectory(dir=draft.folder.parent, prefix=".build-") as aside:
-            path = onnx_folder / f"{name}.onnx"
-            if name == DECODER and baked:
-                heads = load_file(onnx_folder / HEADS)
-                bake(path, Path(aside, "baked.onnx"), {k: numpy_helper.from_array(v, k) for k, v in heads.items()})
-                path = Path(aside, "baked.onnx")
-            if name == DECODER and recipe.precision is Precision.INT8:
-                count = quantise_int8(path, Path(aside, "int8.onnx"), block=recipe.block)
-                draft.notes["int8_matrices"] = count
-                path = Path(aside, "int8.onnx")
-            optimise(path, draft.folder / f"{name}.onnx")
+            path = Path(aside, source.name)
+            onnx.save_model(model, path, save_as_external_data=True, location=f"{path.name}.data", size_threshold=1024)
+            optimise(path, draft.folder / source.name)
+
+
+def prepare_decoder(model: onnx.ModelProto, recipe: Recipe, heads: Tensors) -> onnx.ModelProto:
+    """The decoder's graph as a recipe wants it: `heads` as constants, calls fused, weights in its precision."""
+    kept = [value for value in model.graph.input if value.name not in heads]
+    del model.graph.input[:]
+    model.graph.input.extend(kept)
+    model.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in heads.items())
+    fuse.fuse_decoder(model)
+    return quantise.quantise_int8(model, block=recipe.block) if recipe.precision is Precision.INT8 else model
 
 
 def check_golden(recipe: Recipe, onnx_folder: Path, folder: Path, report: Report) -> dict[str, float]:

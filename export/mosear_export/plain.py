@@ -7,10 +7,14 @@ One maximum serves all groups of a row. It is lowered by SHIFT before the expone
 up to about 140 below the row's largest keeps full fp32 precision (e^60 times 16k keys fits, and so does e^-87).
 """
 
+from collections.abc import Iterable
+
+import numpy as np
 import onnx.parser
 from onnx import FunctionProto
 
 from mosear.config import ModelConfig, Policy, Route, Select, Statistic
+from mosear.kernels.reallocated_attention.policy import AUDIO, VIDEO
 from mosear_export.ops import (
     ATTENTION,
     ATTENTION_INPUTS,
@@ -161,54 +165,55 @@ _TARGET = """
 
 _EXPERTS = """
     last = Constant <value = int64[1] {{-1}}> ()
-    groups = Constant <value = int32[{G}] {{{group_ids}}}> ()
     scale_factor = Constant <value_float: float = @scale> ()
+    split_s = Constant <value = int64[5] {{0, 0, {A}, {each}, 1}}> ()
     split_u = Constant <value = int64[5] {{0, 0, {A}, 1, {R}}}> ()
     flat_mixed = Constant <value = int64[3] {{0, 0, {GER}}}> ()
+    fold = Constant <value = float[{GE}, {E}] {{{fold}}}> ()
+    owner = Constant <value = int32[{GE}] {{{owner}}}> ()
 
     group_column = Unsqueeze(group, last)
-    is_member = Equal(group_column, groups)
-    member = Cast <to = 1> (is_member)
-    member_column = Unsqueeze(member, last)
-    scaled_weight = Mul(weight, scale_factor)
-    share = Mul(member, scaled_weight)
-    share_column = Unsqueeze(share, last)
+    is_own = Equal(group_column, owner)
+    weight_of_owner = Gather(weight, owner)
+    scaled_weight = Mul(weight_of_owner, scale_factor)
     a_t = Transpose <perm = [1, 0]> (a)
     u_flat = MatMul(x, a_t)
     u = Reshape(u_flat, split_u)
 {gates}
-    coefficient = Mul(share_column, s)
-    coefficient_column = Unsqueeze(coefficient, last)
-    mixed = Mul(coefficient_column, u)
+    coefficient_flat = Mul(s, scaled_weight)
+    coefficient = Reshape(coefficient_flat, split_s)
+    mixed = Mul(coefficient, u)
     mixed_flat = Reshape(mixed, flat_mixed)
     delta = MatMul(mixed_flat, b)
     y = Add(base, delta)
 """
 
 _GIVEN = """
-    own = Constant <value = int64[1] {{-2}}> ()
-    s = Unsqueeze(gates_in, own)
+    nothing = Constant <value = float {{0.0}}> ()
+    own = Cast <to = 1> (is_own)
+    unfold = Transpose <perm = [1, 0]> (fold)
+    everywhere = MatMul(gates_in, unfold)
+    s = Mul(everywhere, own)
     gates = Identity(gates_in)
 """
 
 _TOKEN = """
-    over_groups = Constant <value = int64[1] {{2}}> ()
-    split_s = Constant <value = int64[4] {{0, 0, {G}, {E}}}> ()
+    zero = Constant <value = float {{0.0}}> ()
+    floor = Constant <value = float {{-1e30}}> ()
+    hidden = Where(is_own, zero, floor)
     gate_t = Transpose <perm = [1, 0]> (gate)
-    logits_flat = MatMul(x, gate_t)
-    logits = Reshape(logits_flat, split_s)
-    soft = Softmax <axis = 3> (logits)
+    logits = MatMul(x, gate_t)
+    own_logits = Add(logits, hidden)
 {select}
-    own = Mul(s, member_column)
-    gates = ReduceSum <keepdims = 0> (own, over_groups)
+    gates = MatMul(s, fold)
 """
 
-_SOFT = "    s = Identity(soft)"
+_SOFT = "    s = Softmax <axis = -1> (own_logits)"
 
 _TOP1 = """
-    best = ArgMax <axis = 3, keepdims = 1> (soft)
-    experts = Constant <value = int64[{E}] {{{expert_ids}}}> ()
-    is_best = Equal(best, experts)
+    places = Constant <value = int64[{GE}] {{{places}}}> ()
+    best = ArgMax <axis = -1, keepdims = 1> (own_logits)
+    is_best = Equal(best, places)
     s = Cast <to = 1> (is_best)
 """
 
@@ -222,18 +227,13 @@ def _attention(config: ModelConfig) -> FunctionProto:
     backbone, size = config.backbone, len(config.groups)
     policy = _OFF
     if config.ar.policy is not Policy.OFF:
-        statistic = _MEAN if config.ar.statistic is Statistic.MEAN else _SUM
+        statistic = (_MEAN if config.ar.statistic is Statistic.MEAN else _SUM).format()
         flow = _BALANCE if config.ar.policy is Policy.BALANCE else _TARGET
-        given, taken = (
-            [-1.0, 1.0],
-            [1.0, -1.0],
-        )  # what (video, audio) lose and gain when video gives, and when audio does
-        spread = [0.0, *given, *[0.0] * (size - 3), 0.0, *taken, *[0.0] * (size - 3)]
-        policy = _FLOW.format(
-            flow=flow.format(statistic=statistic.format()), G=size, spread=", ".join(map(str, spread))
-        )
+        spread = np.zeros((2, size))
+        spread[:, VIDEO : AUDIO + 1] = [[-1, 1], [1, -1]]  # what each gains when video gives, and when audio does
+        policy = _FLOW.format(flow=flow.format(statistic=statistic), G=size, spread=_list(spread.flat))
     body = _ATTENTION.format(
-        G=size, H=backbone.heads, K=backbone.kv_heads, D=backbone.head_size, group_ids=_ids(size), shift=SHIFT,
+        G=size, H=backbone.heads, K=backbone.kv_heads, D=backbone.head_size, group_ids=_list(range(size)), shift=SHIFT,
         policy=policy,
     )  # fmt: skip
     return _function(ATTENTION, ATTENTION_INPUTS, ATTENTION_OUTPUTS, ("policy", "statistic", "scale"), body)
@@ -241,21 +241,21 @@ def _attention(config: ModelConfig) -> FunctionProto:
 
 def _experts(config: ModelConfig) -> FunctionProto:
     mose, size = config.mose, len(config.groups)
-    sets = 1 if mose.share_a else size
+    sets, experts = 1 if mose.share_a else size, size * mose.experts
     gates = _GIVEN.format()
     if mose.route is Route.TOKEN:
-        top1 = mose.select is Select.TOP1
-        select = _TOP1.format(E=mose.experts, expert_ids=_ids(mose.experts)) if top1 else _SOFT
-        gates = _TOKEN.format(G=size, E=mose.experts, select=select)
+        select = _TOP1.format(GE=experts, places=_list(range(experts))) if mose.select is Select.TOP1 else _SOFT
+        gates = _TOKEN.format(select=select)
+    fold = np.tile(np.eye(mose.experts), (size, 1))  # [G * E, E]: the gates of a row's group, which alone are not 0
     body = _EXPERTS.format(
-        G=size, group_ids=_ids(size), A=sets, R=mose.rank,
-        GER=size * mose.experts * mose.rank, gates=gates,
+        A=sets, each=experts // sets, R=mose.rank, E=mose.experts, GE=experts, GER=experts * mose.rank,
+        fold=_list(fold.flat), owner=_list(np.arange(experts) // mose.experts), gates=gates,
     )  # fmt: skip
     return _function(EXPERTS, EXPERTS_INPUTS, EXPERTS_OUTPUTS, ("scale", "select", "route"), body)
 
 
-def _ids(count: int) -> str:
-    return ", ".join(map(str, range(count)))
+def _list(values: Iterable[float]) -> str:
+    return ", ".join(map(str, values))
 
 
 def _function(

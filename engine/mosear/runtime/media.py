@@ -287,7 +287,8 @@ def _checked(blob: bytes | None, where: str, limits: MediaLimits) -> bytes | Non
         raise MediaError(f"{where} is empty: leave it out, or send the bytes of a media file")
     if blob and len(blob) > limits.max_bytes:
         raise MediaError(
-            f"{where} has {len(blob)} bytes, the limit is max_bytes = {limits.max_bytes}: send a smaller file"
+            f"{where} has {len(blob)} bytes, the limit is {limits.max_bytes}: send a smaller file, or raise clip_bytes in "
+            "the recipe"
         )
     return blob
 

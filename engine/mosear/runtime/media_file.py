@@ -105,8 +105,8 @@ class MediaFile:
     def check_seconds(self, seconds: float) -> None:
         if seconds > self._limits.max_seconds + _SLACK_S:
             raise MediaError(
-                f"{self._where} lasts longer than max_seconds = {self._limits.max_seconds:g}: "
-                "cut it, or raise MediaLimits.max_seconds"
+                f"{self._where} lasts longer than {self._limits.max_seconds:g} s: cut it, or raise clip_seconds in the "
+                "recipe as far as the model hears"
             )
 
     def check_pixels(self, width: int, height: int) -> None:

@@ -202,14 +202,14 @@ class Decoder(nn.Module):
         wanted = logit_row.long()[:, :, None].expand(-1, -1, hidden.shape[2])
         out = {
             "logits": self.lm_head(self.norm(hidden.gather(1, wanted))),
-            "mass_before": torch.stack(before, 1),
-            "mass_after": torch.stack(after, 1),
-            "expert_weights": torch.stack(gates, 1)
+            "mass_before": torch.cat(before, 1).unflatten(1, (len(before), -1)),
+            "mass_after": torch.cat(after, 1).unflatten(1, (len(after), -1)),
+            "expert_weights": torch.cat(gates, 2).unflatten(2, (len(gates), -1)).transpose(1, 2)
             if gates
-            else hidden.new_zeros(hidden.shape[0], 0, hidden.shape[1], 0),
+            else hidden.new_zeros(hidden.shape[0], 0, hidden.shape[1], self.config.mose.experts),
         }
-        if self.config.mose.route is Route.MODALITY:
-            out["gate_state_out"] = torch.stack(state, 1)
+        if gate_state is not None:
+            out["gate_state_out"] = torch.stack(state, 1) if state else gate_state
         return out | written
 
 
