@@ -38,7 +38,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--n", type=int, default=50, help="repeats of each engine's cases; peers: max(3, n // 10)")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results") / machine.slug())
     parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--bare", type=Path, default=Path("build/bare"), help="where engines without AR and MoSE are kept")
+    parser.add_argument(
+        "--bare", type=Path, default=Path("build/bare"), help="where engines without AR and MoSE are kept"
+    )
     parser.add_argument("--tokens", type=int, default=64, help="greedy tokens of a reason case")
     parser.add_argument("--memory-requests", type=int, default=200, help="0: no memory run")
     options = parser.parse_args()

@@ -180,7 +180,7 @@ def test_bad_sampling_is_refused(sampling: dict[str, float]) -> None:
 
 
 def test_a_clip_longer_than_the_recipe_allows_is_refused(engine: Engine) -> None:
-    with pytest.raises(MediaError, match="longer than 2 s: .*clip_seconds"):
+    with pytest.raises(MediaError, match=r"longer than 2 s: .*clip_seconds"):
         engine.pipeline.answer(Request(video=media_factory.make_clip("mp4", seconds=3.0)))
 
 

@@ -39,7 +39,9 @@ def build_engine(recipe: Recipe, onnx_folder: Path, root: Path, report: Report) 
     inputs: dict[str, object] = {
         "onnx": source.files,
         "recipe": dataclasses.asdict(recipe),
-        "code": {module.__name__: file_hash(Path(str(module.__file__))) for module in (fuse, quantise, onnxruntime_cpu)},
+        "code": {
+            module.__name__: file_hash(Path(str(module.__file__))) for module in (fuse, quantise, onnxruntime_cpu)
+        },
         "onnxruntime": onnxruntime.__version__,
         "machine": platform.machine(),
         "processor": processor(),

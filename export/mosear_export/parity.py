@@ -84,7 +84,12 @@ def measure(
         "steps": STEPS,
         "ar_strength": STRENGTH,
         "errors": {
-            name: {"max": max(e[0] for e in pairs), "rms": max(e[1] for e in pairs)} for name, pairs in errors.items()
+            name: {
+                "max": max(e[0] for e in pairs),
+                "rms": max(e[1] for e in pairs),
+                "rms_median": float(np.median([e[1] for e in pairs])),
+            }
+            for name, pairs in errors.items()
         },
         "equal_prompts": count - len(divergences),
         "divergences": [{"prompt": d.prompt, "step": d.step, "margin": d.margin} for d in divergences],

@@ -231,7 +231,7 @@ def _attention(config: ModelConfig) -> FunctionProto:
         flow = _BALANCE if config.ar.policy is Policy.BALANCE else _TARGET
         spread = np.zeros((2, size))
         spread[:, VIDEO : AUDIO + 1] = [[-1, 1], [1, -1]]  # what each gains when video gives, and when audio does
-        policy = _FLOW.format(flow=flow.format(statistic=statistic), G=size, spread=_list(spread.flat))
+        policy = _FLOW.format(flow=flow.format(statistic=statistic), G=size, spread=_list(spread.ravel().tolist()))
     body = _ATTENTION.format(
         G=size, H=backbone.heads, K=backbone.kv_heads, D=backbone.head_size, group_ids=_list(range(size)), shift=SHIFT,
         policy=policy,
@@ -249,7 +249,7 @@ def _experts(config: ModelConfig) -> FunctionProto:
     fold = np.tile(np.eye(mose.experts), (size, 1))  # [G * E, E]: the gates of a row's group, which alone are not 0
     body = _EXPERTS.format(
         A=sets, each=experts // sets, R=mose.rank, E=mose.experts, GE=experts, GER=experts * mose.rank,
-        fold=_list(fold.flat), owner=_list(np.arange(experts) // mose.experts), gates=gates,
+        fold=_list(fold.ravel().tolist()), owner=_list((np.arange(experts) // mose.experts).tolist()), gates=gates,
     )  # fmt: skip
     return _function(EXPERTS, EXPERTS_INPUTS, EXPERTS_OUTPUTS, ("scale", "select", "route"), body)
 

@@ -20,4 +20,5 @@ def quantise_int8(model: ModelProto, *, block: int) -> ModelProto:
         nodes_to_exclude=[node.name for node in model.graph.node if node.op_type != "MatMul"],
     )  # fmt: skip
     quantiser.process()
-    return quantiser.model.model
+    result: ModelProto = quantiser.model.model
+    return result

@@ -14,7 +14,6 @@ from mosear.config import (
     MoSEConfig,
     PromptConfig,
     SceneConfig,
-    Select,
     VoiceConfig,
 )
 from mosear_export import checkpoint
@@ -48,7 +47,7 @@ def demo_config(model: GGUFModel) -> ModelConfig:
         name="mosear-demo",
         labels=LABELS,
         backbone=model.config(),
-        mose=MoSEConfig(select=Select.TOP1),  # as the heads were trained
+        mose=MoSEConfig(),
         ar=ARConfig(),
         voice=VoiceConfig(),
         face=FaceConfig(),

@@ -24,12 +24,12 @@ PROJECTORS = {"face": "face_projector", "scene": "scene_projector", "voice": "vo
 class TrainConfig:
     """How heads are trained."""
 
-    steps: int = 420
+    steps: int = 300
     batch: int = 10
     learning_rate: float = 1e-3
     weight_decay: float = 0.01
     warm_up: int = 20
-    noise: float = 0.15  # standard deviation added to standardised features
+    noise: float = 0.3  # standard deviation added to standardised features
     balance: float = 0.01  # weight of E * sum of squared mean gate weights, 1 where experts share evenly
     seed: int = 0
 
