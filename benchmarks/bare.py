@@ -19,14 +19,14 @@ def bare_engine(recipe: Recipe, checkpoint: Path, work: Path, say: Callable[[str
     from mosear_export.model.whole import ReferenceModel
 
     full = ReferenceModel.load(checkpoint)
-    config = full.config
+    config, source = full.config, full.files()
     config = dataclasses.replace(
         config, mose=dataclasses.replace(config.mose, targets=()), ar=dataclasses.replace(config.ar, policy=Policy.OFF)
     )
     bare = ReferenceModel(config)
     for name, tensors in bare.files().items():
         for key, tensor in tensors.items():
-            tensor.copy_(full.files()[name][key])
+            tensor.copy_(source[name][key])
     files.save(work / "checkpoint", config, bare.files(), (checkpoint / TOKENIZER).read_text())
     onnx_folder = export_checkpoint(work / "checkpoint", work / "onnx", say)
     return build_engine(dataclasses.replace(recipe, name=recipe.name + SUFFIX), onnx_folder, work / "engines", say)

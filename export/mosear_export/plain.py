@@ -189,7 +189,6 @@ _EXPERTS = """
 """
 
 _GIVEN = """
-    nothing = Constant <value = float {{0.0}}> ()
     own = Cast <to = 1> (is_own)
     unfold = Transpose <perm = [1, 0]> (fold)
     everywhere = MatMul(gates_in, unfold)
