@@ -14,6 +14,7 @@ from typing import Protocol
 
 import machine
 import numpy as np
+from report import DECODE, SHARE
 from safetensors import safe_open
 
 from mosear.backends.session import Backend
@@ -61,7 +62,7 @@ class Decoded:
         return {
             ("prefill", "ms"): [self.prefill_ms],
             ("token", "ms"): self.step_ms,
-            ("decode", "tokens/s"): [rate],
+            (DECODE, "tokens/s"): [rate],
         }
 
 
@@ -266,23 +267,35 @@ def due(round_: int, count: int, rounds: int) -> bool:
     return round_ * count // rounds != (round_ - 1) * count // rounds
 
 
-def time_all(counts: Sequence[tuple[Subject, int]], report: Callable[[str], None]) -> dict[tuple[str, str], Samples]:
-    """Samples of each (subject, case): in every round each subject's cases once, the first subject changing."""
+def time_all(
+    counts: Sequence[tuple[Subject, int]], memory: machine.Memory, report: Callable[[str], None]
+) -> tuple[dict[tuple[str, str], Samples], float]:
+    """Samples of each (subject, case), and the best reading of the memory's bandwidth in bytes/s.
+
+    In every round each subject's cases run once, the first subject changing. Beside each decode the bandwidth is read.
+    """
     found: dict[tuple[str, str], Samples] = defaultdict(lambda: defaultdict(list))
     for subject, _ in counts:
         for case in subject.cases.values():
             case()  # a warm-up of each, not counted
         report(f"warm: {subject.name}")
-    rounds = max(count for _, count in counts)
+    rounds, best = max(count for _, count in counts), 0.0
     for round_ in range(rounds):
         turn = round_ % len(counts)
         for subject, count in (*counts[turn:], *counts[:turn]):
-            if due(round_, count, rounds):
-                for name, case in subject.cases.items():
-                    for measure, values in case().items():
-                        found[subject.name, name][measure] += values
+            if not due(round_, count, rounds):
+                continue
+            for name, case in subject.cases.items():
+                samples = found[subject.name, name]
+                before, taken, after = memory.bytes_s(), case(), memory.bytes_s()
+                best = max(best, before, after)
+                for rate in taken.get((DECODE, "tokens/s"), ()):
+                    share = rate * subject.bytes_per_token / ((before + after) / 2)
+                    taken |= {("read bandwidth", "GB/s"): [(before + after) / 2e9], (SHARE, "1"): [share]}
+                for measure, values in taken.items():
+                    samples[measure] += values
         report(f"round {round_ + 1} of {rounds}")
-    return found
+    return found, best
 
 
 def memory_run(folder: Path, clip: bytes, requests: int) -> dict[str, dict[str, int]]:

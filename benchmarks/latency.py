@@ -22,7 +22,7 @@ DEFAULT_ENGINES = (Path("build/engines/cpu-fp32"), Path("build/engines/cpu-int8"
 NOTES = (
     "bytes per token, of weights alone (cache and activations left out): engines: size of decoder.onnx.data + 4 x values "
     "in heads.safetensors (heads and gates run in fp32); peers: 4 x parameters. share = tokens/s * bytes per token / read "
-    "bandwidth.",
+    "bandwidth, which is read before and after each run (best of 3 each; their mean).",
     "first word: from the clip's bytes to the first token of a reason. prefill: from the assembled prompt to the first "
     "token; tokens/s counts the tokens after the first.",
     "bare: the same backbone and recipe exported without experts and with policy off; it still reports the masses.",
@@ -69,7 +69,7 @@ def run(options: argparse.Namespace, clip_path: Path) -> report.Result:
         engines = [stack.enter_context(Engine(folder)) for folder in options.engine]
         folders = [bare.bare_engine(engine.recipe, options.checkpoint, options.bare, say) for engine in engines]
         plain = [stack.enter_context(Engine(folder)) for folder in folders]
-        before, stamp = machine.measure_limits(), machine.stamp()
+        memory, stamp = machine.Memory(), machine.stamp()
         threads = engines[0].recipe.used_threads
         torch.set_num_threads(threads)
         subjects = [cases.engine_subject(engine, clip, tokens=options.tokens) for engine in engines]
@@ -83,13 +83,13 @@ def run(options: argparse.Namespace, clip_path: Path) -> report.Result:
             checks[llama.name] = f"logit error {cases.check_llama(llama, reference):.1e} of the largest, heads zero"
             counts += [(reference, few), (llama, few)]
         say("checked; timing")
-        timed = cases.time_all(counts, say)
-    limits = before.best(machine.measure_limits())
-    rows, shares = tabulate(timed, counts, limits.read_bytes_s)
+        timed, best = cases.time_all(counts, memory, say)
+    limits = {"read_bytes_s_best": best, "multiply_adds_s": machine.multiply_adds_s()}
+    rows, shares = tabulate(timed, counts, best)
     stamp["load_average_after"] = machine.stamp()["load_average"]
     return report.Result(
         machine=stamp,
-        limits=dataclasses.asdict(limits),
+        limits=limits,
         settings={"n": options.n, "tokens": options.tokens, "threads": threads, "strength": cases.STRENGTH},
         checks=checks,
         rows=rows,
@@ -99,22 +99,16 @@ def run(options: argparse.Namespace, clip_path: Path) -> report.Result:
 
 
 def tabulate(
-    timed: Mapping[tuple[str, str], cases.Samples], counts: Sequence[tuple[cases.Subject, int]], bandwidth: float
+    timed: Mapping[tuple[str, str], cases.Samples], counts: Sequence[tuple[cases.Subject, int]], best: float
 ) -> tuple[list[report.Row], list[report.Share]]:
     repeats = {subject.name: count for subject, count in counts}
-    size = {subject.name: subject.bytes_per_token for subject, _ in counts}
-    rows, shares = [], []
-    for (subject, case), samples in timed.items():
-        for (measure, unit), values in samples.items():
-            row = report.summarise(subject, case, measure, unit, values, repeats=repeats[subject])
-            rows.append(row)
-            if measure == report.DECODE:
-                shares.append(
-                    report.share_of_bandwidth(
-                        subject, case, tokens_s=row.p50, bytes_per_token=size[subject], bandwidth=bandwidth
-                    )
-                )
-    return rows, shares
+    rows = [
+        report.summarise(subject, case, measure, unit, values, repeats=repeats[subject])
+        for (subject, case), samples in timed.items()
+        for (measure, unit), values in samples.items()
+    ]
+    sizes = {subject.name: subject.bytes_per_token for subject, _ in counts}
+    return rows, report.shares_of_bandwidth(rows, sizes, best)
 
 
 def measure_memory(engine: Path, clip: Path, requests: int) -> dict[str, object]:

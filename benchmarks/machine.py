@@ -1,4 +1,8 @@
-"""What this machine is and how fast it can be: memory read bandwidth, multiply-add rate, memory of a process tree."""
+"""What this machine is and how fast it can be: memory read bandwidth, multiply-add rate, memory of a process tree.
+
+On a shared machine the bandwidth changes from second to second (33 and 51 GB/s were seen in turn), so that what is timed
+is held against readings taken beside it.
+"""
 
 import datetime
 import importlib.metadata
@@ -9,52 +13,43 @@ import subprocess
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import psutil
 
-BLOCK_BYTES = 1 << 30
+BLOCK_BYTES = 1 << 29  # well above any cache
 SIDE = 2048
 REPEATS = 7
+QUIET_S = 0.02  # the threads of an engine go on spinning for some ms after a call
 PACKAGES = ("numpy", "onnxruntime", "torch", "transformers")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """The best of several runs: bytes read per second, fp32 multiply-adds per second (2 flops each)."""
+class Memory:
+    """Reads its own block of memory with one thread for each core."""
 
-    read_bytes_s: float
-    multiply_adds_s: float
+    def __init__(self) -> None:
+        self.threads = len(os.sched_getaffinity(0))
+        self.parts = np.array_split(np.ones(BLOCK_BYTES // 4, np.float32), self.threads)
 
-    def best(self, other: "Limits") -> "Limits":
-        return Limits(
-            read_bytes_s=max(self.read_bytes_s, other.read_bytes_s),
-            multiply_adds_s=max(self.multiply_adds_s, other.multiply_adds_s),
-        )
+    def bytes_s(self, repeats: int = 3) -> float:
+        """The best of some readings: dot products of each part with itself (the fastest of numpy's reductions)."""
+        time.sleep(QUIET_S)
+        with ThreadPoolExecutor(self.threads) as pool:
+            return BLOCK_BYTES / _fastest(lambda: list(pool.map(lambda part: np.dot(part, part), self.parts)), repeats)
 
 
-def measure_limits() -> Limits:
-    """Read 1 GiB of float32 (np.dot of halves in 2 threads, np.sum); multiply two 2048 x 2048 float32 matrices."""
-    values = np.ones(BLOCK_BYTES // 4, np.float32)
-    quarters = values.reshape(4, -1)
-    with ThreadPoolExecutor(2) as pool:
-
-        def dots() -> None:
-            # Each thread reads the two quarters of its half once.
-            list(pool.map(lambda i: np.dot(quarters[i], quarters[i + 1]), (0, 2)))
-
-        read_s = min(_fastest(dots), _fastest(lambda: np.sum(values)))
+def multiply_adds_s() -> float:
+    """The best rate at which two 2048 x 2048 float32 matrices are multiplied (a multiply-add is 2 flops)."""
     left, right = np.random.default_rng(0).standard_normal((2, SIDE, SIDE), np.float32)
-    multiply_s = _fastest(lambda: left @ right)
-    return Limits(read_bytes_s=values.nbytes / read_s, multiply_adds_s=SIDE**3 / multiply_s)
+    seconds: float = _fastest(lambda: left @ right, REPEATS)
+    return SIDE**3 / seconds
 
 
-def _fastest(call: Callable[[], object]) -> float:
+def _fastest(call: Callable[[], object], repeats: int) -> float:
     call()
     times = []
-    for _ in range(REPEATS):
+    for _ in range(repeats):
         start = time.perf_counter()
         call()
         times.append(time.perf_counter() - start)

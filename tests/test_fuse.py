@@ -1,8 +1,9 @@
-"""Fusions before a build: fewer nodes, the same outputs."""
+"""What a build makes of a decoder (fusions, packed heads, 8 bits): fewer nodes, the same outputs."""
 
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
@@ -11,9 +12,10 @@ from tolerance import assert_close
 from toy import decoder_inputs, toy_config
 
 from mosear.contract import DECODER
-from mosear.recipe import Precision, Recipe
+from mosear.recipe import Heads, Precision, Recipe
 from mosear_export.build import prepare_decoder
 
+RECIPE = Recipe(name="toy")
 LINEARS = 7
 LINEARS_LEFT = 4  # of a layer: q, k and v; o; gate and up; down
 
@@ -25,29 +27,47 @@ def test_a_fused_decoder_computes_the_same(choice: str, tmp_path: Path) -> None:
     wanted = decoder.run(tensors)
     model, layers = onnx.load(decoder.path), decoder.model.config.backbone.layers
     before = Counter(node.op_type for node in model.graph.node)
-    model = prepare_decoder(model, Recipe(name="toy"), {})
+    model, heads = prepare_decoder(model, decoder.model.config, RECIPE, decoder.heads)
     after = Counter(node.op_type for node in model.graph.node)
-    assert before["MatMul"] - after["MatMul"] == (LINEARS - LINEARS_LEFT) * layers
+    folds = "own_group" in {tensor.name for tensor in model.graph.initializer}  # one product of all gates
+    assert before["MatMul"] - after["MatMul"] + folds == (LINEARS - LINEARS_LEFT) * layers
     assert after["SkipSimplifiedLayerNormalization"] == 2 * layers - 1 and after["RMSNormalization"] == 2
     decoder.session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    decoder.heads = {
+        name: value for name, value in heads.items() if name in {i.name for i in decoder.session.get_inputs()}
+    }
     live = tensors["position"] >= 0
     for name, value in decoder.run(tensors).items():
         rows = live if name == "logits" else ...
         assert_close(value[rows], wanted[name][rows], "toy")
 
 
+def test_experts_of_linears_with_one_input_are_joined(tmp_path: Path) -> None:
+    decoder = Exported(toy_config(), DECODER, tmp_path)
+    model, heads = prepare_decoder(onnx.load(decoder.path), decoder.model.config, RECIPE, decoder.heads)
+    experts = [node for node in model.graph.node if node.op_type.startswith("JointModalityExperts")]
+    assert [len(node.output) - 1 for node in experts] == [2, 1] * decoder.model.config.backbone.layers
+    rank, groups, width = 3, 3 * 2, 24
+    assert heads["layers.0.q_proj_v_proj.down"].shape == (width, 2 * (rank + groups))
+    assert {value.name for value in model.graph.input} - {spec.name for spec in decoder.part.inputs} == heads.keys()
+    twice = dict(decoder.heads, modality_weight=2 * decoder.heads["modality_weight"])
+    other = prepare_decoder(onnx.load(decoder.path), decoder.model.config, RECIPE, twice)[1]
+    np.testing.assert_array_equal(other["layers.1.down_proj.up"], 2 * heads["layers.1.down_proj.up"])
+
+
 def test_int8_takes_every_linear_layer_and_no_head(tmp_path: Path) -> None:
     decoder = Exported(toy_config(), DECODER, tmp_path)
     recipe = Recipe(name="toy", precision=Precision.INT8, block=16)
-    model = prepare_decoder(onnx.load(decoder.path), recipe, {})
+    model, heads = prepare_decoder(onnx.load(decoder.path), decoder.model.config, recipe, decoder.heads)
     count = Counter(node.op_type for node in model.graph.node)
-    assert count["MatMulNBits"] == LINEARS_LEFT * decoder.model.config.backbone.layers + 1 and not count["MatMul"]
-    assert {value.name for value in model.graph.input} >= {"layers.0.q_proj.a", "layers.0.q_proj.b"}
+    assert count["MatMulNBits"] == LINEARS_LEFT * decoder.model.config.backbone.layers + 1
+    assert count["MatMul"] == 1  # of the gates, with a constant that is no weight
+    assert heads.keys() <= {value.name for value in model.graph.input}
 
 
 def test_baked_heads_are_constants_and_no_inputs(tmp_path: Path) -> None:
     decoder = Exported(toy_config(), DECODER, tmp_path)
-    heads = {spec.name: decoder.model.heads[spec.name].numpy() for spec in decoder.part.heads}
-    model = prepare_decoder(onnx.load(decoder.path), Recipe(name="toy"), heads)
-    assert heads.keys() <= {tensor.name for tensor in model.graph.initializer}
-    assert not heads.keys() & {value.name for value in model.graph.input}
+    recipe = Recipe(name="toy", heads=Heads.BAKED)
+    model, heads = prepare_decoder(onnx.load(decoder.path), decoder.model.config, recipe, decoder.heads)
+    assert not heads and "layers.0.q_proj.up" in {tensor.name for tensor in model.graph.initializer}
+    assert {value.name for value in model.graph.input} == {spec.name for spec in decoder.part.inputs}

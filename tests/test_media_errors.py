@@ -88,7 +88,9 @@ def test_thirty_seconds_are_allowed(reader: MediaReader) -> None:
 def test_max_bytes() -> None:
     data = make_clip("wav", seconds=0.1)
     with new_reader(max_bytes=len(data) - 1) as reader:
-        with pytest.raises(MediaError, match=rf"audio_bytes has {len(data)} bytes, the limit is {len(data) - 1}: .*clip_bytes"):
+        with pytest.raises(
+            MediaError, match=rf"audio_bytes has {len(data)} bytes, the limit is {len(data) - 1}: .*clip_bytes"
+        ):
             reader.read(None, data)
         assert len(reader.read(None, data[:-1]).waveform) > 0
 

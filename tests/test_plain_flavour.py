@@ -58,6 +58,7 @@ class Exported:
 
     def __init__(self, config: ModelConfig, name: str, folder: Path) -> None:
         self.model, self.part = toy_model(config), parts(config)[name]
+        self.heads = {spec.name: self.model.heads[spec.name].numpy() for spec in self.part.heads}
         self.path = folder / f"{name}.onnx"
         export_part(toy_model(config, ops=ExportOps()), self.part, self.path)
         options = ort.SessionOptions()
@@ -66,7 +67,7 @@ class Exported:
 
     def run(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         feeds = {name: tensor.numpy() for name, tensor in tensors.items()}
-        feeds |= {spec.name: self.model.heads[spec.name].numpy() for spec in self.part.heads}
+        feeds |= self.heads
         names = [spec.name for spec in self.part.outputs]
         return {n: torch.from_numpy(value) for n, value in zip(names, self.session.run(names, feeds), strict=True)}
 
@@ -168,12 +169,14 @@ def test_heads_are_inputs(decoder: Exported) -> None:
     call = decoder_inputs(config, batch=1, rows=6, capacity=CAPACITY)
     before, kept = decoder.run(call)["logits"], model.heads[MODALITY_WEIGHT]
     model.heads[MODALITY_WEIGHT] = 2 * kept
+    decoder.heads[MODALITY_WEIGHT] = 2 * kept.numpy()
     try:
         after = decoder.run(call)["logits"]
         assert not after.equal(before)
         assert_close(after, model.run(DECODER, call)["logits"], "toy")
     finally:
         model.heads[MODALITY_WEIGHT] = kept
+        decoder.heads[MODALITY_WEIGHT] = kept.numpy()
 
 
 def test_every_axis_of_a_decoder_moves(decoder: Exported) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import onnxruntime
 from onnx import numpy_helper
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from mosear.artifacts import Draft, Manifest, existing, file_hash, publish
 from mosear.backends import onnxruntime_cpu
@@ -21,7 +21,7 @@ from mosear.contract import DECODER, Tensors, parts
 from mosear.engine import CONFIG, HEADS, KIND, TOKENIZER, load_heads
 from mosear.errors import EngineError
 from mosear.recipe import Heads, Precision, Recipe
-from mosear_export import export, fuse, golden, quantise
+from mosear_export import export, fuse, golden, pack, plain, quantise
 
 Report = Callable[[str], None]
 # Largest root mean square error of a part's golden outputs, relative to theirs. Golden inputs are random numbers, which
@@ -40,7 +40,8 @@ def build_engine(recipe: Recipe, onnx_folder: Path, root: Path, report: Report) 
         "onnx": source.files,
         "recipe": dataclasses.asdict(recipe),
         "code": {
-            module.__name__: file_hash(Path(str(module.__file__))) for module in (fuse, quantise, onnxruntime_cpu)
+            module.__name__: file_hash(Path(str(module.__file__)))
+            for module in (fuse, pack, plain, quantise, onnxruntime_cpu)
         },
         "onnxruntime": onnxruntime.__version__,
         "machine": platform.machine(),
@@ -60,17 +61,17 @@ def build_engine(recipe: Recipe, onnx_folder: Path, root: Path, report: Report) 
 def _compile(recipe: Recipe, onnx_folder: Path, draft: Draft, report: Report) -> None:
     shutil.copy(onnx_folder / CONFIG, draft.folder)
     shutil.copy(onnx_folder / TOKENIZER, draft.folder)
-    baked = recipe.heads is Heads.BAKED
-    if not baked:
-        shutil.copy(onnx_folder / HEADS, draft.folder)
-    table = parts(ModelConfig.load(onnx_folder / CONFIG))
+    config = ModelConfig.load(onnx_folder / CONFIG)
+    table = parts(config)
     for index, name in enumerate(table, 1):
         report(f"engine: {name} ({index} of {len(table)})")
         source = onnx_folder / f"{name}.onnx"
         if name != DECODER:
             optimise(source, draft.folder / source.name)
             continue
-        model = prepare_decoder(onnx.load(source), recipe, load_file(onnx_folder / HEADS) if baked else {})
+        model, heads = prepare_decoder(onnx.load(source), config, recipe, load_heads(onnx_folder / HEADS))
+        if heads:
+            save_file(heads, draft.folder / HEADS)
         draft.notes["int8_matrices"] = sum(node.op_type == "MatMulNBits" for node in model.graph.node)
         with tempfile.TemporaryDirectory(dir=draft.folder.parent, prefix=".build-") as aside:
             path = Path(aside, source.name)
@@ -78,14 +79,21 @@ def _compile(recipe: Recipe, onnx_folder: Path, draft: Draft, report: Report) ->
             optimise(path, draft.folder / source.name)
 
 
-def prepare_decoder(model: onnx.ModelProto, recipe: Recipe, heads: Tensors) -> onnx.ModelProto:
-    """The decoder's graph as a recipe wants it: `heads` as constants, calls fused, weights in its precision."""
-    kept = [value for value in model.graph.input if value.name not in heads]
-    del model.graph.input[:]
-    model.graph.input.extend(kept)
-    model.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in heads.items())
+def prepare_decoder(
+    model: onnx.ModelProto, config: ModelConfig, recipe: Recipe, heads: Tensors
+) -> tuple[onnx.ModelProto, Tensors]:
+    """The decoder's graph as a recipe wants it, calls fused and weights in its precision, and what its head inputs take."""
     fuse.fuse_decoder(model)
-    return quantise.quantise_int8(model, block=recipe.block) if recipe.precision is Precision.INT8 else model
+    heads = pack.pack(model, config, heads)
+    if recipe.heads is Heads.BAKED:
+        kept = [value for value in model.graph.input if value.name not in heads]
+        del model.graph.input[:]
+        model.graph.input.extend(kept)
+        model.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in heads.items())
+        heads = {}
+    if recipe.precision is Precision.INT8:
+        model = quantise.quantise_int8(model, block=recipe.block)
+    return model, heads
 
 
 def check_golden(recipe: Recipe, onnx_folder: Path, folder: Path, report: Report) -> dict[str, float]:

@@ -31,7 +31,7 @@ def merge_linears(model: ModelProto) -> None:
             result += _merged(model, nodes, [weights[n.input[1]] for n in nodes])
         elif node.output[0] not in others:
             result.append(node)
-    _replace_nodes(model, result)
+    replace_nodes(model, result)
 
 
 def _merged(model: ModelProto, nodes: list[NodeProto], weights: list[TensorProto]) -> list[NodeProto]:
@@ -69,12 +69,13 @@ def skip_norms(model: ModelProto) -> None:
             )  # fmt: skip
         elif node.output[0] not in gone:
             result.append(node)
-    _replace_nodes(model, result)
+    replace_nodes(model, result)
     if MICROSOFT not in {opset.domain for opset in model.opset_import}:
         model.opset_import.append(helper.make_opsetid(MICROSOFT, 1))
 
 
-def _replace_nodes(model: ModelProto, nodes: list[NodeProto]) -> None:
+def replace_nodes(model: ModelProto, nodes: list[NodeProto]) -> None:
+    """Put `nodes`, some of which may be the graph's own, in the place of all that a graph has."""
     copies = [NodeProto.FromString(node.SerializeToString()) for node in nodes]
     del model.graph.node[:]
     model.graph.node.extend(copies)

@@ -5,12 +5,17 @@ runtime's common-subexpression pass leaves one copy for all layers.
 
 One maximum serves all groups of a row. It is lowered by SHIFT before the exponential, so that a group whose logits lie
 up to about 140 below the row's largest keeps full fp32 precision (e^60 times 16k keys fits, and so does e^-87).
+
+Query heads that share a key head are an axis of their own, so that a decoded token is products of one row. The scale is
+put on the query before they are grouped: next to the product it would be fused into it, and ONNX Runtime's fast path for
+one row knows no factor (22 us a layer become 68).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import onnx.parser
+from numpy.typing import NDArray
 from onnx import FunctionProto
 
 from mosear.config import ModelConfig, Policy, Route, Select, Statistic
@@ -31,6 +36,8 @@ SHIFT = 60.0
 _ATTENTION = """
     zero = Constant <value = int64 {{0}}> ()
     one = Constant <value = int64 {{1}}> ()
+    any = Constant <value = int64[1] {{-1}}> ()
+    axis0 = Constant <value = int64[1] {{0}}> ()
     axis1 = Constant <value = int64[1] {{1}}> ()
     axis2 = Constant <value = int64[1] {{2}}> ()
     axis3 = Constant <value = int64[1] {{3}}> ()
@@ -68,15 +75,24 @@ _ATTENTION = """
     open = Cast <to = 1> (is_open)
     count = MatMul(open, member)
 
-    query_shape = Constant <value = int64[4] {{0, {K}, -1, {D}}}> ()
-    by_head = Constant <value = int64[4] {{0, {H}, -1, 0}}> ()
-    by_kv_head = Constant <value = int64[4] {{0, {K}, -1, 0}}> ()
+    head_shape = Constant <value = int64[5] {{0, {K}, {rep}, -1, {D}}}> ()
+    cache_shape = Constant <value = int64[5] {{0, {K}, 1, -1, {D}}}> ()
+    by_head = Constant <value = int64[4] {{0, {H}, -1, {D}}}> ()
     scale_factor = Constant <value_float: float = @scale> ()
-    packed = Reshape(query, query_shape)
-    key_t = Transpose <perm = [0, 1, 3, 2]> (key)
-    products = MatMul(packed, key_t)
-    packed_scores = Mul(products, scale_factor)
-    scores = Reshape(packed_scores, by_head)
+    row_shape = Shape(query_position)
+    row_count = Gather(row_shape, one)
+    rows_of_heads = Constant <value = int64[2] {{0, {H}}}> ()
+    rows_of_kv_heads = Constant <value = int64[3] {{0, {K}, {rep}}}> ()
+    row_count_1 = Unsqueeze(row_count, axis0)
+    last_two = Concat <axis = 0> (row_count_1, any)
+    score_shape = Concat <axis = 0> (rows_of_heads, last_two)
+    weight_shape = Concat <axis = 0> (rows_of_kv_heads, last_two)
+    scaled_query = Mul(query, scale_factor)
+    grouped_query = Reshape(scaled_query, head_shape)
+    shared_key = Reshape(key, cache_shape)
+    key_t = Transpose <perm = [0, 1, 2, 4, 3]> (shared_key)
+    grouped_scores = MatMul(grouped_query, key_t)
+    scores = Reshape(grouped_scores, score_shape)
     masked = Add(scores, mask)
     top = ReduceMax(masked, axis3)
     open_top = Max(top, open_floor)
@@ -92,9 +108,10 @@ _ATTENTION = """
     factor = Div(mass_after, safe_l)
     key_factor = MatMul(factor, member_t)
     weights = Mul(e, key_factor)
-    packed_weights = Reshape(weights, by_kv_head)
-    packed_output = MatMul(packed_weights, value)
-    output = Reshape(packed_output, by_head)
+    grouped_weights = Reshape(weights, weight_shape)
+    shared_value = Reshape(value, cache_shape)
+    grouped_output = MatMul(grouped_weights, shared_value)
+    output = Reshape(grouped_output, by_head)
 """
 
 _OFF = "    mass_after = Identity(mass_before)"
@@ -116,9 +133,7 @@ _FLOW = """
     is_both = Greater(fewest, nothing)
     row_gate = Where(is_both, row_strength_column, nothing)
 
-    params_split = Constant <value = int64[5] {{2, 2, 2, 1, 1}}> ()
-    params_rows = Unsqueeze(policy_params, axis1)
-    tau, ramp, move, sigma, audio_share = Split <axis = 2> (params_rows, params_split)
+{params}
     pair = Slice(mass_before, pair_start, pair_end, axis3)
     pair_mass = ReduceSum(pair, axis3)
 {flow}
@@ -127,18 +142,24 @@ _FLOW = """
     mass_after = Add(mass_before, moved)
 """
 
+_PARAMS = """
+    params_split = Constant <value = int64[5] {2, 2, 2, 1, 1}> ()
+    params_rows = Unsqueeze(policy_params, axis1)
+    tau, ramp, move, sigma, audio_share = Split <axis = 2> (params_rows, params_split)
+"""
+
 _BALANCE = """
     unit = Constant <value = float {{1.0}}> ()
+    huge = Constant <value = float {{3e38}}> ()
 {statistic}
-    safe_sum = Max(statistic_sum, tiny)
-    share = Div(statistic, safe_sum)
+    is_enough = GreaterOrEqual(pair_mass, sigma)
+    divisor = Where(is_enough, statistic_sum, huge)
+    share = Div(statistic, divisor)
     above = Sub(share, tau)
     above_ramp = Div(above, ramp)
     excess = Clip(above_ramp, nothing, unit)
     part = Mul(excess, move)
-    given = Mul(pair, part)
-    is_enough = GreaterOrEqual(pair_mass, sigma)
-    flow = Where(is_enough, given, nothing)
+    flow = Mul(pair, part)
 """
 
 _MEAN = """
@@ -219,10 +240,11 @@ _TOP1 = """
 
 def functions(config: ModelConfig) -> list[FunctionProto]:
     """The local functions that a decoder of this configuration calls."""
-    return [_attention(config), _experts(config)]
+    return [attention(config), _experts(config)]
 
 
-def _attention(config: ModelConfig) -> FunctionProto:
+def attention(config: ModelConfig, *, name: str = ATTENTION, params: Sequence[str] = ()) -> FunctionProto:
+    """Reallocated attention; with `params`, inputs of these names stand in the place of policy_params, split already."""
     backbone, size = config.backbone, len(config.groups)
     policy = _OFF
     if config.ar.policy is not Policy.OFF:
@@ -230,12 +252,17 @@ def _attention(config: ModelConfig) -> FunctionProto:
         flow = _BALANCE if config.ar.policy is Policy.BALANCE else _TARGET
         spread = np.zeros((2, size))
         spread[:, VIDEO : AUDIO + 1] = [[-1, 1], [1, -1]]  # what each gains when video gives, and when audio does
-        policy = _FLOW.format(flow=flow.format(statistic=statistic), G=size, spread=_list(spread.ravel().tolist()))
+        policy = _FLOW.format(
+            flow=flow.format(statistic=statistic), G=size, spread=listed(spread.ravel().tolist()),
+            params="" if params else _PARAMS,
+        )  # fmt: skip
     body = _ATTENTION.format(
-        G=size, H=backbone.heads, K=backbone.kv_heads, D=backbone.head_size, group_ids=_list(range(size)), shift=SHIFT,
-        policy=policy,
+        G=size, H=backbone.heads, K=backbone.kv_heads, D=backbone.head_size, rep=backbone.heads // backbone.kv_heads,
+        group_ids=listed(range(size)), shift=SHIFT, policy=policy,
     )  # fmt: skip
-    return _function(ATTENTION, ATTENTION_INPUTS, ATTENTION_OUTPUTS, ("policy", "statistic", "scale"), body)
+    at = ATTENTION_INPUTS.index("policy_params")
+    inputs = (*ATTENTION_INPUTS[:at], *params, *ATTENTION_INPUTS[at + 1 :]) if params else ATTENTION_INPUTS
+    return function(name, inputs, ATTENTION_OUTPUTS, ("policy", "statistic", "scale"), body)
 
 
 def _experts(config: ModelConfig) -> FunctionProto:
@@ -243,25 +270,42 @@ def _experts(config: ModelConfig) -> FunctionProto:
     sets, experts = 1 if mose.share_a else size, size * mose.experts
     gates = _GIVEN.format()
     if mose.route is Route.TOKEN:
-        select = _TOP1.format(GE=experts, places=_list(range(experts))) if mose.select is Select.TOP1 else _SOFT
-        gates = _TOKEN.format(select=select)
-    fold = np.tile(np.eye(mose.experts), (size, 1))  # [G * E, E]: the gates of a row's group, which alone are not 0
+        gates = _TOKEN.format(select=select(config))
     body = _EXPERTS.format(
         A=sets, each=experts // sets, R=mose.rank, E=mose.experts, GE=experts, GER=experts * mose.rank,
-        fold=_list(fold.ravel().tolist()), owner=_list((np.arange(experts) // mose.experts).tolist()), gates=gates,
+        fold=listed(fold(config).ravel().tolist()), owner=owners(config), gates=gates,
     )  # fmt: skip
-    return _function(EXPERTS, EXPERTS_INPUTS, EXPERTS_OUTPUTS, ("scale", "select", "route"), body)
+    return function(EXPERTS, EXPERTS_INPUTS, EXPERTS_OUTPUTS, ("scale", "select", "route"), body)
 
 
-def _list(values: Iterable[float]) -> str:
+def fold(config: ModelConfig) -> NDArray[np.float32]:
+    """[G * E, E]: from the gates of all groups, of which a row's own alone are not 0, to those of the row."""
+    return np.tile(np.eye(config.mose.experts, dtype=np.float32), (len(config.groups), 1))
+
+
+def owners(config: ModelConfig) -> str:
+    """The group of each expert."""
+    return listed((np.arange(len(config.groups) * config.mose.experts) // config.mose.experts).tolist())
+
+
+def select(config: ModelConfig) -> str:
+    """From own_logits to the gates s."""
+    experts = len(config.groups) * config.mose.experts
+    return _TOP1.format(GE=experts, places=listed(range(experts))) if config.mose.select is Select.TOP1 else _SOFT
+
+
+def listed(values: Iterable[float]) -> str:
+    """Values as they stand in a constant."""
     return ", ".join(map(str, values))
 
 
-def _function(
+def function(
     name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], attributes: tuple[str, ...], body: str
 ) -> FunctionProto:
+    """A local function of our domain from its text."""
+    declared = f"<{', '.join(attributes)}> " if attributes else ""
     text = (
         f'<domain: "{DOMAIN}", opset_import: ["" : {OPSET}]>\n'
-        f"{name} <{', '.join(attributes)}> ({', '.join(inputs)}) => ({', '.join(outputs)})\n{{{body}\n}}"
+        f"{name} {declared}({', '.join(inputs)}) => ({', '.join(outputs)})\n{{{body}\n}}"
     )
     return onnx.parser.parse_function(text)
