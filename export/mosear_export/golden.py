@@ -81,7 +81,9 @@ def write(model: ReferenceModel, part: Part, path: Path) -> None:
 
 
 def relative_errors(found: np.ndarray, wanted: np.ndarray) -> tuple[float, float]:  # type: ignore[type-arg]
-    """Maximum and root mean square of the error, each relative to the wanted tensor's root mean square."""
+    """Maximum and root mean square of the error, each relative to the wanted tensor's root mean square (empty: 0)."""
+    if not wanted.size:
+        return 0.0, 0.0
     error = found.astype(np.float64) - wanted.astype(np.float64)
     size = float(np.sqrt(np.mean(wanted.astype(np.float64) ** 2))) or 1.0
     return float(np.abs(error).max(initial=0.0)) / size, float(np.sqrt(np.mean(error**2))) / size
