@@ -24,9 +24,9 @@ from mosear.recipe import Heads, Precision, Recipe
 from mosear_export import export, fuse, golden, pack, plain, quantise
 
 Report = Callable[[str], None]
-# Largest root mean square error of a part's golden outputs, relative to theirs. Golden inputs are random numbers, which
-# 30 layers amplify more than real prompts do: measured 2e-4 in fp32.
-GOLDEN_TOLERANCE = {Precision.FP32: 1e-3, Precision.INT8: 0.5}
+# Largest root mean square error of a part's golden outputs, relative to theirs. Golden inputs are words in random order,
+# which 30 layers amplify more than real prompts do: measured on the demo 3e-5 in fp32, 0.33 in int8.
+GOLDEN_TOLERANCE = {Precision.FP32: 2e-4, Precision.INT8: 0.5}
 
 
 def build_engine(recipe: Recipe, onnx_folder: Path, root: Path, report: Report) -> Path:

@@ -15,12 +15,14 @@ from mosear_export.model.whole import ReferenceModel
 SIZES = {"B": 2, "S": 7, "L": 24, "T": 80, "N": 2, "Q": 2}
 
 
-def inputs_of(part: Part, config: ModelConfig, sizes: Mapping[str, int], *, seed: int) -> dict[str, Tensor]:
+def inputs_of(part: Part, model: ReferenceModel, sizes: Mapping[str, int], *, seed: int) -> dict[str, Tensor]:
     """Seeded inputs of a part (heads left out) with the given sizes; those of the decoder make a meaningful prefill."""
     generator = torch.Generator().manual_seed(seed)
+    config = model.config
     found = {spec.name: _random(spec, sizes, generator) for spec in part.inputs}
     if part.name == DECODER:
-        found |= _prefill(config, sizes, generator)
+        words = _integers(config.backbone.vocab_size, (sizes["B"], sizes["S"]), generator)
+        found |= _prefill(config, sizes, generator) | {"hidden": model.decoder.embed_tokens(words)}
     elif "voice_frames" in found:
         found["voice_frames"] = torch.full((sizes["B"],), sizes["T"] // 2 - 3, dtype=torch.int32)
     elif "token_ids" in found:
@@ -54,7 +56,6 @@ def _prefill(config: ModelConfig, sizes: Mapping[str, int], generator: torch.Gen
     bias = 0.2 * torch.randn(batch, groups, generator=generator)
     bias[1::2, 2] = -torch.inf
     found = {
-        "hidden": 0.1 * torch.randn(batch, rows, config.backbone.hidden_size, generator=generator),
         "position": position,
         "group": key_group.gather(1, position.clamp(min=0).long()),
         "key_group": key_group,
@@ -72,7 +73,7 @@ def _prefill(config: ModelConfig, sizes: Mapping[str, int], generator: torch.Gen
 
 def write(model: ReferenceModel, part: Part, path: Path) -> None:
     """Store inputs and the reference's outputs as `in.<name>` and `out.<name>` (of the decoder's cache, one layer's)."""
-    inputs = inputs_of(part, model.config, SIZES, seed=0)
+    inputs = inputs_of(part, model, SIZES, seed=0)
     outputs = model.run(part.name, inputs)
     kept = {name for _, name in part.state[2:]}
     tensors = {f"in.{name}": value for name, value in inputs.items()}

@@ -26,7 +26,7 @@ def probe_axes(model: ReferenceModel, part: Part, path: Path) -> None:
     axes = {axis for spec in part.inputs for axis in spec.axes if isinstance(axis, str)}
     for axis in ["", *sorted(axes)]:
         sizes = {**BASE, axis: MOVED[axis]} if axis else BASE
-        inputs = golden.inputs_of(part, model.config, sizes, seed=1)
+        inputs = golden.inputs_of(part, model, sizes, seed=1)
         wanted = model.run(part.name, inputs)
         feeds = {name: value.numpy() for name, value in inputs.items()}
         feeds |= {spec.name: model.heads[spec.name].numpy() for spec in part.heads}
