@@ -22,6 +22,9 @@ class DType(enum.StrEnum):
     I32 = "int32"
     I64 = "int64"
     U8 = "uint8"
+    U64 = "uint64"
+    BOOL = "bool"
+    STRING = "object"  # UTF-8 bytes
 
     @property
     def numpy(self) -> np.dtype[np.generic]:
@@ -39,6 +42,7 @@ class TensorSpec:
     name: str
     dtype: DType
     axes: tuple[Axis, ...]
+    optional: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +56,25 @@ class Part:
     state: tuple[tuple[str, str], ...] = ()  # (input, output) pairs that live in one buffer: the cache
 
 
+@dataclass(frozen=True, slots=True)
+class Served:
+    """One model of a server that is not a part: what a request may hold, and what each response may hold."""
+
+    name: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    decoupled: bool  # a stream of responses, of which the last one is marked by the server's own final flag
+
+
 # Columns of `ar_params`, one row for each head. Those in twos are for the masses of (video, audio): the share above which
 # a modality gives way, the width of that threshold's ramp, and what part of its mass it then gives at full strength.
 AR_PARAMS = ("tau_video", "tau_audio", "ramp_video", "ramp_audio", "move_video", "move_audio", "sigma", "audio_share")
 MODALITY_WEIGHT = "modality_weight"
 EMBEDDING = "embedding"
 DECODER = "decoder"
+ENCODERS = ("voice", "face_detector", "face", "scene")  # parts that a server serves as they are
+# Fields of a prompt that a projector fills, and the id of each one's positions among the token ids.
+HOLES = {"face": -1, "scene": -2, "voice": -3}
 
 
 def parts(config: ModelConfig) -> dict[str, Part]:
@@ -146,3 +163,97 @@ def heads(config: ModelConfig) -> tuple[TensorSpec, ...]:
             ]
         found.append(TensorSpec(f"layers.{layer}.ar_params", f32, (backbone.heads, len(AR_PARAMS))))
     return tuple(found)
+
+
+def served(config: ModelConfig) -> dict[str, Served]:
+    """The models of a server beside its encoders. Every input may be left out, but for the decoder's prompt."""
+    public, answer = _settings() + _media(config), _answer(config)
+    table = (
+        Served("mosear", public, answer, decoupled=True),
+        Served("mosear_unary", public, answer, decoupled=False),
+        Served(DECODER, *_decoding(config), decoupled=True),
+    )
+    return {model.name: model for model in table}
+
+
+def _some(name: str, dtype: DType, *axes: Axis) -> TensorSpec:
+    return TensorSpec(name, dtype, axes or (1,), optional=True)
+
+
+def _settings() -> tuple[TensorSpec, ...]:
+    """How to answer: `Request`'s fields of the same meaning."""
+    return (
+        _some("task", DType.STRING),
+        _some("max_tokens", DType.I32),
+        _some("min_tokens", DType.I32),
+        _some("temperature", DType.F32),
+        _some("top_p", DType.F32),
+        _some("seed", DType.U64),
+        _some("ar_strength", DType.F32),
+        _some("deadline_ms", DType.I32),
+    )
+
+
+def _features(config: ModelConfig) -> tuple[TensorSpec, ...]:
+    """What the encoders say of a clip, in place of the clip."""
+    return (
+        _some("face_features", DType.F32, "N", config.face.feature_size),
+        _some("scene_features", DType.F32, config.scene.tokens, config.scene.feature_size),
+        _some("voice_features", DType.F32, config.voice.tokens, config.voice.feature_size),
+    )
+
+
+def _media(config: ModelConfig) -> tuple[TensorSpec, ...]:
+    return (
+        _some("text_input", DType.STRING),
+        _some("video_bytes", DType.U8, "BYTES"),
+        _some("audio_bytes", DType.U8, "BYTES"),
+        _some("frames", DType.U8, "F", "H", "W", 3),
+        _some("waveform", DType.F32, "SAMPLES"),
+        *_features(config),
+        _some("feature_schema", DType.STRING),  # hash of the encoders that made the features
+    )
+
+
+def _answer(config: ModelConfig) -> tuple[TensorSpec, ...]:
+    """Of a stream, a response holds what is new: a stage that ended, words, or (the last one) all the rest."""
+    labels, groups = len(config.labels), len(config.groups)
+    judged = [
+        spec
+        for who in ("", "face_", "voice_")
+        for spec in (
+            TensorSpec(f"{who}label", DType.STRING, (1,)), TensorSpec(f"{who}label_scores", DType.F32, (labels,))
+        )
+    ]  # fmt: skip
+    return (
+        TensorSpec("stage", DType.STRING, (1,)),
+        TensorSpec("stage_ms", DType.F32, (1,)),
+        TensorSpec("text_output", DType.STRING, (1,)),
+        *judged,
+        TensorSpec("conflict", DType.BOOL, (1,)),
+        TensorSpec("modality_mass", DType.F32, (config.backbone.layers, 2, groups)),
+        TensorSpec("expert_weights", DType.F32, (groups, config.mose.experts)),
+        TensorSpec("timings_ms", DType.STRING, (1,)),  # JSON: stage to ms
+        TensorSpec("report_json", DType.STRING, (1,)),  # JSON: `Answer.record()`
+        TensorSpec("final", DType.BOOL, (1,)),
+    )
+
+
+def _decoding(config: ModelConfig) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+    """A prompt (or the name of a session to cancel), then masses and gates, tokens or label scores as they come."""
+    labels, groups = len(config.labels), len(config.groups)
+    inputs = (
+        _some("token_ids", DType.I32, "S"),  # HOLES where features go
+        _some("group", DType.I32, "S"),
+        _some("session", DType.STRING),
+        _some("cancel", DType.BOOL),
+        *_settings(),
+        *_features(config),
+    )
+    outputs = (
+        TensorSpec("modality_mass", DType.F32, (config.backbone.layers, 2, groups)),
+        TensorSpec("expert_weights", DType.F32, (groups, config.mose.experts)),
+        TensorSpec("token", DType.I32, (1,)),
+        TensorSpec("label_scores", DType.F32, ("ROWS", labels)),
+    )
+    return inputs, outputs

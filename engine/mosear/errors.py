@@ -27,3 +27,19 @@ class RequestError(MosearError):
 
 class MediaError(RequestError):
     """The bytes of a clip cannot be read as sound or pictures."""
+
+
+class BusyError(MosearError):
+    """The queue is full: the same request can be answered later."""
+
+
+class DeadlineError(MosearError):
+    """A request's time was over before its answer was complete."""
+
+
+class CancelledError(MosearError):
+    """A request was withdrawn by whoever sent it."""
+
+
+class ServingError(MosearError):
+    """A server cannot be found, started or reached, or it failed a request."""
