@@ -22,7 +22,7 @@ from mosear.config import ModelConfig
 from mosear.engine import HEADS, Engine
 from mosear.errors import EngineError
 from mosear.recipe import Precision
-from mosear.runtime.encode import Stages, encode
+from mosear.runtime.encode import Stages, encode, project
 from mosear.runtime.generate import Generation, Rows
 from mosear.runtime.pipeline import Pipeline
 from mosear.runtime.prompt import Prompt, Task
@@ -119,7 +119,8 @@ class Served:
 
 
 def reason_prompt(pipeline: Pipeline, clip: bytes) -> tuple[Prompt, dict[str, FloatArray]]:
-    fields, _ = encode(pipeline.backend, pipeline.config, pipeline.reader.read(clip, None), Stages())
+    features, _ = encode(pipeline.backend, pipeline.config, pipeline.reader.read(clip, None), Stages())
+    fields = project(pipeline.backend, features)
     counts = {name: len(values) for name, values in fields.items()}
     return pipeline.builder.build(Task.REASON, counts=counts, words=WORDS), fields
 
@@ -151,8 +152,7 @@ def reference_subject(checkpoint: Path, engine: Engine, clip: bytes, *, tokens: 
     from mosear_export.reference_backend import ReferenceBackend
 
     model = ReferenceModel.load(checkpoint)
-    pipe = engine.pipeline
-    pipeline = Pipeline(ReferenceBackend(model), model.config, pipe.builder, pipe.reader, pipe.limits)
+    pipeline = engine.on(ReferenceBackend(model))
     size = 4 * sum(value.numel() for value in (*model.decoder.parameters(), *model.heads.values()))
     return Served("pytorch-eager", pipeline, clip, tokens=tokens, bytes_per_token=size)
 

@@ -24,7 +24,7 @@ from mosear.contract import parts
 from mosear.engine import Engine
 from mosear.errors import ConfigError, EngineError, MediaError, RequestError
 from mosear.recipe import Heads, Limits, Precision, Recipe
-from mosear.runtime.pipeline import Pipeline, StageDone, Words
+from mosear.runtime.pipeline import StageDone, Words
 from mosear.runtime.request import Answer, Request
 from mosear.runtime.sampling import Sampling
 from mosear_export import checkpoint
@@ -96,8 +96,7 @@ def test_the_engine_answers_as_the_reference_does(
     engine: Engine, folders: dict[str, Path], clip: bytes, task: str
 ) -> None:
     reference = ReferenceBackend(ReferenceModel.load(folders["checkpoint"]))
-    pipeline = engine.pipeline
-    other = Pipeline(reference, engine.config, pipeline.builder, pipeline.reader, LIMITS)
+    pipeline, other = engine.pipeline, engine.on(reference)
     request = Request(task=task, video=clip, words="well", strength=0.9, max_tokens=12)
     found, wanted = pipeline.answer(request), other.answer(request)
     assert found.text == wanted.text and found.tokens == wanted.tokens

@@ -18,6 +18,7 @@ RANKS = (
     ("backends",),
     ("runtime",),
     ("engine",),
+    ("serving",),
     ("ask", "doctor"),
     ("cli",),
 )

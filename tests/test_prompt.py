@@ -13,8 +13,9 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from toy import PROMPT, toy_config
 
+from mosear.contract import HOLES
 from mosear.errors import MosearError, RequestError
-from mosear.runtime.prompt import AUDIO, HOLE, TEXT, VIDEO, Prompt, PromptBuilder, Task
+from mosear.runtime.prompt import AUDIO, TEXT, VIDEO, Prompt, PromptBuilder, Task
 
 CONTROL = ("<|user|>", "<|assistant|>", "<|end|>")
 ALL = {"face": 3, "scene": 4, "voice": 2}
@@ -41,7 +42,7 @@ def shown(builder: PromptBuilder, prompt: Prompt) -> str:
     """The prompt as text, `#` for each hole."""
     text, ids = "", prompt.ids.tolist()
     while ids:
-        run = next((i for i, token in enumerate(ids) if token == HOLE), len(ids))
+        run = next((i for i, token in enumerate(ids) if token < 0), len(ids))
         text += builder.decode(ids[:run]) if run else "#"
         ids = ids[run or 1 :]
     return text
@@ -85,9 +86,10 @@ def test_every_position_has_its_modality(builder: PromptBuilder) -> None:
         assert place.stop - place.start == ALL[field]
         expected[place] = group
     assert prompt.group.tolist() == expected.tolist()
-    assert ((prompt.ids == HOLE) == (prompt.group != TEXT)).all()
+    assert ((prompt.ids < 0) == (prompt.group != TEXT)).all()
+    assert all((prompt.ids[place] == HOLES[field]).all() for field, place in prompt.fields.items())
     before = prompt.ids[: prompt.fields["voice"].start].tolist()
-    assert builder.decode([token for token in before if token != HOLE]).endswith("voice: ")
+    assert builder.decode([token for token in before if token >= 0]).endswith("voice: ")
 
 
 def test_holes_are_filled_with_projected_tokens(builder: PromptBuilder) -> None:
@@ -133,7 +135,7 @@ def test_any_words_come_back_and_change_nothing_else(words: str) -> None:
     prompt = builder.build(Task.REASON, counts=ALL, words=words)
     start = '<|user|>face: ###\nscene: ####\nvoice: ##\nwords: "'
     end = '"\nwhich emotion, and why?<|end|><|assistant|>because'
-    ids = prompt.ids[prompt.ids != HOLE].tolist()
+    ids = prompt.ids[prompt.ids >= 0].tolist()
     assert builder.decode(ids) == (start + words + end).replace("#", "", 9) or "#" in words
     control = [builder.tokenizer.token_to_id(token) for token in CONTROL]
     assert [token for token in ids if token in control] == [control[0], control[2], control[1]]

@@ -1,11 +1,12 @@
-"""`mosear ask --local`: one request on an engine in this process, printed as it comes."""
+"""`mosear ask`: one request to a server, or on an engine in this process, printed as it comes."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 from mosear.engine import Engine
 from mosear.errors import RequestError
-from mosear.runtime.pipeline import StageDone, Words
+from mosear.runtime.pipeline import Event, StageDone
 from mosear.runtime.request import Answer, Judgement, Request
 
 
@@ -18,20 +19,32 @@ def read_file(path: Path | None) -> bytes | None:
 
 
 def ask_local(folder: Path, request: Request, *, as_json: bool) -> None:
-    """Answer on the engine in `folder` and print: stages, words, then scores, masses and timings; or JSON alone."""
+    """Answer on the engine in `folder`, in this process, and print."""
     with Engine(folder) as engine:
-        if as_json:
-            print(json.dumps(engine.pipeline.answer(request).record(), indent=2))
-            return
-        writing = False
-        for event in engine.pipeline.stream(request):
-            if isinstance(event, StageDone):
-                print(f"  {event.name:<14}{event.ms:8.1f} ms")
-            elif isinstance(event, Words):
-                print(event.text if writing else f"\n{event.text.lstrip()}", end="", flush=True)
-                writing = True
-            else:
-                print("\n\n" + summary(event))
+        show(engine.pipeline.stream(request), as_json=as_json)
+
+
+def ask_server(url: str, request: Request, *, as_json: bool) -> None:
+    """Ask the server at `url` (host:port of gRPC) and print."""
+    from mosear.serving.client import Client
+
+    with Client(url) as client:
+        show(client.stream(request), as_json=as_json)
+
+
+def show(events: Iterable[Event], *, as_json: bool) -> None:
+    """Print stages and words as they come, then scores, masses and timings; or the answer as JSON alone."""
+    writing = False
+    for event in events:
+        if isinstance(event, Answer):
+            print(json.dumps(event.record(), indent=2) if as_json else "\n\n" + summary(event))
+        elif as_json:
+            continue
+        elif isinstance(event, StageDone):
+            print(f"  {event.name:<14}{event.ms:8.1f} ms", flush=True)
+        else:
+            print(event.text if writing else f"\n{event.text.lstrip()}", end="", flush=True)
+            writing = True
 
 
 def summary(answer: Answer) -> str:

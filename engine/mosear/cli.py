@@ -1,6 +1,7 @@
 """The one command line, `mosear`. What needs torch or onnx is imported inside the subcommand that needs it."""
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,12 @@ BUILD = Path("build")
 RECIPE = Path("export/recipes/cpu-fp32.toml")
 ENGINE = BUILD / "engines" / "cpu-fp32"
 DEMO_CLIP = BUILD / "demo.mp4"
+REPOSITORY = BUILD / "repositories" / "cpu-fp32-on-cpu"
+URL = "127.0.0.1:8001"
+SERVED_AT_ONCE = {
+    "slots": "sequences in the decoder at once", "queue": "requests that may wait for a slot",
+    "prefill_rows": "prompt rows read between two decode steps", "workers": "clips under way at once",
+}  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,11 +53,14 @@ def parser() -> argparse.ArgumentParser:
     parity.add_argument("--checkpoint", type=Path, default=BUILD / "checkpoints" / "demo", help="default: %(default)s")
     parity.add_argument("--prompts", type=int, default=20)
     parity.add_argument("--output", type=Path, help="JSON file for the result")
+    _repo_options(_command(commands, "repo", _repo, "make a Triton model repository from an engine"))
+    _serve_options(_command(commands, "serve", _serve, "serve a model repository with Triton Server"))
     _ask_options(_command(commands, "ask", _ask, "ask about a clip"))
     bench = _command(commands, "bench", _bench, "measure latency: benchmarks/latency.py of a source checkout")
     bench.add_argument("rest", nargs=argparse.REMAINDER)
     doctor = _command(commands, "doctor", _doctor, "what this machine and environment have")
     doctor.add_argument("--engine", type=Path, default=ENGINE)
+    doctor.add_argument("--url", help="gRPC address of a server to look at")
     inspect = _command(commands, "inspect", _inspect, "show what a checkpoint, ONNX or engine folder is")
     inspect.add_argument("folder", type=Path)
     inspect.add_argument("--json", action="store_true")
@@ -63,11 +73,37 @@ def _command(commands, name: str, run, about: str) -> argparse.ArgumentParser:  
     return command
 
 
+def _repo_options(repo: argparse.ArgumentParser) -> None:
+    repo.add_argument("--engine", type=Path, default=ENGINE, help="default: %(default)s")
+    repo.add_argument("--onnx", type=Path, default=BUILD / "onnx" / "onnx", help="what it was built from (%(default)s)")
+    repo.add_argument("--out", type=Path, default=BUILD / "repositories", help="default: %(default)s")
+    repo.add_argument(
+        "--target", choices=["cpu", "gpu"], default="cpu", help="where encoders run (default: %(default)s)"
+    )
+    for name, about in SERVED_AT_ONCE.items():
+        repo.add_argument(f"--{name.replace('_', '-')}", type=int, help=about)
+
+
+def _serve_options(serve: argparse.ArgumentParser) -> None:
+    serve.add_argument("repository", type=Path, nargs="?", default=REPOSITORY, help="default: %(default)s")
+    serve.add_argument("--triton", type=Path, help="an installed server's folder or binary (default: the bundled one)")
+    serve.add_argument("--address", default="127.0.0.1", help="to listen at (default: %(default)s)")
+    for kind, port in (("http", 8000), ("grpc", 8001), ("metrics", 8002)):
+        serve.add_argument(f"--{kind}-port", type=int, default=port, help="default: %(default)s")
+    serve.add_argument("--log", type=Path, default=BUILD / "triton.log", help="Triton's log (default: %(default)s)")
+    serve.add_argument("--verbose", type=int, default=0, help="Triton's --log-verbose (default: %(default)s)")
+    serve.add_argument(
+        "--watch", action=argparse.BooleanOptionalAction, default=True, help="stop when a model's process dies"
+    )
+
+
 def _ask_options(ask: argparse.ArgumentParser) -> None:
     defaults = Request()
     ask.add_argument("clip", type=Path, nargs="?", help="video or sound file (none: --words alone)")
     ask.add_argument("--audio", type=Path, help="sound to hear in place of the clip's")
-    ask.add_argument("--local", action="store_true", help="answer in this process")
+    ask.add_argument("--local", action="store_true", help="answer in this process, without a server")
+    ask.add_argument("--url", default=URL, help="gRPC address of a server (default: %(default)s)")
+    ask.add_argument("--deadline", type=float, metavar="SECONDS", help="for the whole answer")
     ask.add_argument("--engine", type=Path, default=ENGINE, help="default: %(default)s")
     ask.add_argument("--task", default="reason", help=f"{', '.join(Task)} (default: %(default)s)")
     ask.add_argument("--words", default="", help="what the person says")
@@ -132,12 +168,29 @@ def _parity(options: argparse.Namespace) -> None:
     _say(result)
 
 
-def _ask(options: argparse.Namespace) -> None:
-    from mosear.ask import ask_local, read_file
-    from mosear.errors import RequestError
+def _repo(options: argparse.Namespace) -> None:
+    from mosear.serving.configs import Device, Settings
+    from mosear.serving.repository import assemble
 
-    if not options.local:
-        raise RequestError("only --local is there so far: add --local to answer in this process")
+    asked = {name: value for name in SERVED_AT_ONCE if (value := getattr(options, name)) is not None}
+    onnx_folder = options.onnx if options.onnx.exists() else None
+    assemble(
+        options.engine, options.out, target=Device(options.target), onnx_folder=onnx_folder, say=_say,
+        settings=Settings(**asked),
+    )  # fmt: skip
+
+
+def _serve(options: argparse.Namespace) -> None:
+    from mosear.serving.server import ServerOptions, serve
+
+    chosen = {field.name: getattr(options, field.name) for field in dataclasses.fields(ServerOptions)
+              if hasattr(options, field.name)}  # fmt: skip
+    serve(ServerOptions(**chosen), _say)
+
+
+def _ask(options: argparse.Namespace) -> None:
+    from mosear.ask import ask_local, ask_server, read_file
+
     request = Request(
         task=options.task,
         video=read_file(options.clip),
@@ -146,8 +199,12 @@ def _ask(options: argparse.Namespace) -> None:
         max_tokens=options.max_tokens,
         strength=options.ar_strength,
         sampling=Sampling(temperature=options.temperature, top_p=options.top_p, seed=options.seed),
+        deadline_ms=None if options.deadline is None else round(options.deadline * 1e3),
     )
-    ask_local(options.engine, request, as_json=options.json)
+    if options.local:
+        ask_local(options.engine, request, as_json=options.json)
+    else:
+        ask_server(options.url, request, as_json=options.json)
 
 
 def _bench(options: argparse.Namespace) -> int:
@@ -160,9 +217,9 @@ def _bench(options: argparse.Namespace) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> None:
-    from mosear.doctor import examine
+    from mosear.doctor import examine, examine_server
 
-    for line in examine(options.engine):
+    for line in examine_server(options.url) if options.url else examine(options.engine):
         _say(line)
 
 

@@ -167,7 +167,7 @@ def heads(config: ModelConfig) -> tuple[TensorSpec, ...]:
 
 def served(config: ModelConfig) -> dict[str, Served]:
     """The models of a server beside its encoders. Every input may be left out, but for the decoder's prompt."""
-    public, answer = _settings() + _media(config), _answer(config)
+    public, answer = asked_tensors() + feature_tensors(config), _answer(config)
     table = (
         Served("mosear", public, answer, decoupled=True),
         Served("mosear_unary", public, answer, decoupled=False),
@@ -194,7 +194,7 @@ def _settings() -> tuple[TensorSpec, ...]:
     )
 
 
-def _features(config: ModelConfig) -> tuple[TensorSpec, ...]:
+def feature_tensors(config: ModelConfig) -> tuple[TensorSpec, ...]:
     """What the encoders say of a clip, in place of the clip."""
     return (
         _some("face_features", DType.F32, "N", config.face.feature_size),
@@ -203,14 +203,15 @@ def _features(config: ModelConfig) -> tuple[TensorSpec, ...]:
     )
 
 
-def _media(config: ModelConfig) -> tuple[TensorSpec, ...]:
+def asked_tensors() -> tuple[TensorSpec, ...]:
+    """What a request may hold whatever the model is: settings, words and a clip."""
     return (
+        *_settings(),
         _some("text_input", DType.STRING),
         _some("video_bytes", DType.U8, "BYTES"),
         _some("audio_bytes", DType.U8, "BYTES"),
         _some("frames", DType.U8, "F", "H", "W", 3),
         _some("waveform", DType.F32, "SAMPLES"),
-        *_features(config),
         _some("feature_schema", DType.STRING),  # hash of the encoders that made the features
     )
 
@@ -248,7 +249,7 @@ def _decoding(config: ModelConfig) -> tuple[tuple[TensorSpec, ...], tuple[Tensor
         _some("session", DType.STRING),
         _some("cancel", DType.BOOL),
         *_settings(),
-        *_features(config),
+        *feature_tensors(config),
     )
     outputs = (
         TensorSpec("modality_mass", DType.F32, (config.backbone.layers, 2, groups)),

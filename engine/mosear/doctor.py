@@ -32,6 +32,17 @@ def examine(engine: Path) -> Iterator[str]:
         yield f"engine     {error}"
 
 
+def examine_server(url: str) -> Iterator[str]:
+    """Lines about the server at `url` (host:port of gRPC); raises ServingError where nobody answers."""
+    from mosear.serving.client import Client
+
+    with Client(url) as client:
+        health = client.health()
+    yield f"server     {url}: {'live' if health.live else 'not live'}, {'ready' if health.ready else 'not ready'}"
+    for model in health.models:
+        yield f"model      {model.name:<15}{model.version:<4}{model.state}{f': {model.reason}' if model.reason else ''}"
+
+
 def _version(name: str) -> str:
     try:
         return importlib.metadata.version(name)

@@ -18,7 +18,7 @@ from mosear.contract import Tensors
 from mosear.engine import Engine
 from mosear.errors import EngineError
 from mosear.recipe import Precision
-from mosear.runtime.encode import Stages, encode
+from mosear.runtime.encode import Stages, encode, project
 from mosear.runtime.generate import Generation, Rows
 from mosear.runtime.media import Clip
 from mosear.runtime.pipeline import Pipeline
@@ -105,7 +105,7 @@ def _compare(
 ) -> tuple[int, float] | None:
     backends: tuple[Backend, Backend] = (engine.backend, reference)
     config, builder = engine.config, engine.pipeline.builder
-    tokens = [encode(backend, config, clip, Stages())[0] for backend in backends]
+    tokens = [project(backend, encode(backend, config, clip, Stages())[0]) for backend in backends]
     for field in tokens[1]:
         errors["tokens_in"].append(relative_errors(tokens[0][field], tokens[1][field]))
     counts = {field: len(values) for field, values in tokens[1].items()}

@@ -35,7 +35,22 @@ class ReferenceState:
         cache = empty_cache(backend.model.config.backbone, batch=batch, capacity=capacity)
         self.cache: Tensors = {name: value.numpy() for name, value in zip(self.names, cache, strict=True)}
 
-    def step(self, tensors: Tensors) -> Tensors:
-        outputs = self.backend.run(DECODER, {**tensors, **self.cache})
-        self.cache = {name: outputs.pop(written) for name, written in self.names.items()}
+    def step(self, tensors: Tensors, *, first: int = 0) -> Tensors:
+        block = slice(first, first + len(tensors["hidden"]))
+        outputs = self.backend.run(DECODER, {**tensors, **{name: array[block] for name, array in self.cache.items()}})
+        for name, written in self.names.items():
+            self.cache[name][block] = outputs.pop(written)
         return outputs
+
+    def move(self, source: int, target: int, length: int) -> None:
+        for array in self.cache.values():
+            array[target, :, :length] = array[source, :, :length]
+
+    def clear(self, row: int) -> None:
+        for array in self.cache.values():
+            array[row] = 0
+
+    def resize(self, capacity: int, *, rows: int, length: int) -> None:
+        for name, old in self.cache.items():
+            self.cache[name] = np.zeros((*old.shape[:2], capacity, old.shape[3]), old.dtype)
+            self.cache[name][:rows, :, :length] = old[:rows, :, :length]

@@ -1,6 +1,8 @@
 """ONNX Runtime on the CPU: build (optimise and save each part) and load (sessions with preallocated, bound buffers)."""
 
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ from mosear.errors import EngineError, RequestError
 
 PROVIDER = "CPUExecutionProvider"
 SEVERITY_ERROR = 3
+BINDINGS = 24  # kept at most: a steady mix of requests has a few for its prompts and one for each number of rows
 
 
 def optimise(source: Path, target: Path) -> None:
@@ -44,9 +47,15 @@ class OnnxRuntimeBackend:
     device = "cpu"
     provider = PROVIDER
 
-    def __init__(self, folder: Path, config: ModelConfig, *, heads: Tensors, threads: int) -> None:
-        """`heads` are bound to the decoder's head inputs once (none where they are baked into its graph)."""
-        self.config, self.parts = config, parts(config)
+    def __init__(
+        self, folder: Path, config: ModelConfig, *, heads: Tensors, threads: int, names: Collection[str] = ()
+    ) -> None:
+        """`heads` are bound to the decoder's head inputs once (none where they are baked into its graph).
+
+        names: the parts to load (none named: all).
+        """
+        self.config = config
+        self.parts = {name: part for name, part in parts(config).items() if not names or name in names}
         self.heads = {name: np.ascontiguousarray(value) for name, value in heads.items()}
         self.sessions = {}
         for name in self.parts:
@@ -69,54 +78,88 @@ class OnnxRuntimeBackend:
         self.sessions.clear()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bound:
+    """Buffers of one call's shapes on one block of rows, bound to the session."""
+
+    binding: ort.IOBinding
+    inputs: Tensors
+    outputs: Tensors
+
+
 class BoundDecoder:
     """A cache in preallocated memory, bound as input and output at once: the graph writes rows in place.
 
-    Calls with the shapes of the last one reuse its buffers and binding, so a decoded token copies a few numbers only.
+    A block of neighbouring rows is contiguous, so a call on some of them is bound to pointers into the whole. Calls with
+    the block and the shapes of a recent one reuse its buffers, so a decoded token copies a few numbers only.
     """
 
     def __init__(self, backend: OnnxRuntimeBackend, *, batch: int, capacity: int) -> None:
-        self.backend, self.spec = backend, backend.parts[DECODER]
-        self.sizes = {"B": batch, "L": capacity}
-        state = dict(self.spec.state)
-        self.cache = {
-            spec.name: np.zeros(self._shape(spec.axes, self.sizes), spec.dtype.numpy)
-            for spec in self.spec.inputs
-            if spec.name in state
-        }
-        self.inputs: Tensors = {}
-        self.outputs: Tensors = {}
-        self.binding: ort.IOBinding | None = None
+        self.backend, self.spec, self.batch = backend, backend.parts[DECODER], batch
+        self.state = dict(self.spec.state)
+        self.cache = self._empty(capacity)
+        self.bound: OrderedDict[object, Bound] = OrderedDict()  # the one used last stands last
 
-    def step(self, tensors: Tensors) -> Tensors:
+    def step(self, tensors: Tensors, *, first: int = 0) -> Tensors:
         """Outputs are this object's buffers: read them before the next call."""
-        if self.binding is None or any(tensors[name].shape != kept.shape for name, kept in self.inputs.items()):
-            self._bind(tensors, check(self.spec, {**tensors, **self.cache}))
-        for name, kept in self.inputs.items():
+        key = (first, *((name, array.shape) for name, array in tensors.items()))
+        if key not in self.bound:
+            self.bound[key] = self._bind(tensors, first)
+            if len(self.bound) > BINDINGS:
+                self.bound.popitem(last=False)
+        self.bound.move_to_end(key)
+        bound = self.bound[key]
+        for name, kept in bound.inputs.items():
             np.copyto(kept, tensors[name])
         try:
-            self.backend.sessions[DECODER].run_with_iobinding(self.binding)
-        except RuntimeError as error:
+            self.backend.sessions[DECODER].run_with_iobinding(bound.binding)
+        except Exception as error:  # onnxruntime raises classes of its own without a common base
             raise EngineError(f"ONNX Runtime failed in the decoder: {error}") from error
-        return dict(self.outputs)
+        return dict(bound.outputs)
 
-    def _bind(self, tensors: Tensors, sizes: Mapping[str, int]) -> None:
-        binding = self.backend.sessions[DECODER].io_binding()
-        state = dict(self.spec.state)
-        self.inputs = {
-            spec.name: np.array(tensors[spec.name], order="C") for spec in self.spec.inputs if spec.name not in state
+    def move(self, source: int, target: int, length: int) -> None:
+        for array in self.cache.values():
+            array[target, :, :length] = array[source, :, :length]
+
+    def clear(self, row: int) -> None:
+        for array in self.cache.values():
+            array[row] = 0
+
+    def resize(self, capacity: int, *, rows: int, length: int) -> None:
+        grown = self._empty(capacity)
+        for name, array in grown.items() if rows and length else ():
+            array[:rows, :, :length] = self.cache[name][:rows, :, :length]
+        self.bound.clear()
+        self.cache = grown
+
+    def _empty(self, capacity: int) -> Tensors:
+        sizes = {"B": self.batch, "L": capacity}
+        return {
+            spec.name: np.zeros(self._shape(spec.axes, sizes), spec.dtype.numpy)
+            for spec in self.spec.inputs
+            if spec.name in self.state
         }
-        self.outputs = {
+
+    def _bind(self, tensors: Tensors, first: int) -> Bound:
+        block = slice(first, first + len(tensors["hidden"]))
+        cache = {name: array[block] for name, array in self.cache.items()}
+        sizes = check(self.spec, {**tensors, **cache})
+        binding = self.backend.sessions[DECODER].io_binding()
+        inputs: Tensors = {
+            spec.name: np.array(tensors[spec.name], order="C")
+            for spec in self.spec.inputs
+            if spec.name not in self.state
+        }
+        outputs: Tensors = {
             spec.name: np.empty(self._shape(spec.axes, sizes), spec.dtype.numpy)
             for spec in self.spec.outputs
-            if spec.name not in state.values()
+            if spec.name not in self.state.values()
         }
-        for name, array in {**self.inputs, **self.backend.heads, **self.cache}.items():
+        for name, array in {**inputs, **self.backend.heads, **cache}.items():
             binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
-        kept = {state[name]: array for name, array in self.cache.items()}
-        for name, array in {**self.outputs, **kept}.items():
+        for name, array in {**outputs, **{self.state[name]: array for name, array in cache.items()}}.items():
             binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
-        self.binding = binding
+        return Bound(binding=binding, inputs=inputs, outputs=outputs)
 
     @staticmethod
     def _shape(axes: tuple[int | str, ...], sizes: Mapping[str, int]) -> tuple[int, ...]:

@@ -1,6 +1,6 @@
 """What a decoder is asked and what it says: the same in this process and behind a server."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -68,8 +68,8 @@ Said = Prefilled | Token | Scored
 class Decoding(Protocol):
     """A decoder that takes one prompt at a time from each caller."""
 
-    def decode(self, work: Work) -> Iterator[Said]:
-        """Prefilled, then Token after Token or one Scored. Closing the iterator cancels.
+    def decode(self, work: Work) -> Generator[Said]:
+        """Prefilled, then Token after Token or one Scored. Closing the generator cancels.
 
         Raises BusyError where the queue is full, DeadlineError where the time is over, RequestError for a bad prompt.
         """

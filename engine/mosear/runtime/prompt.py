@@ -10,6 +10,7 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from mosear.config import ModelConfig
+from mosear.contract import HOLES
 from mosear.errors import RequestError
 
 IntArray = npt.NDArray[np.int32]
@@ -18,7 +19,6 @@ FloatArray = npt.NDArray[np.float32]
 TEXT, VIDEO, AUDIO = 0, 1, 2
 # Template fields that stand for tokens of a projector, and the group of those tokens.
 GROUP_OF = {"face": VIDEO, "scene": VIDEO, "voice": AUDIO}
-HOLE = -1  # token id of a position that a projector fills
 
 
 class Task(enum.StrEnum):
@@ -31,7 +31,7 @@ class Task(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
-    """Token ids [S] (HOLE where a projected token stands), group of each position [S], and where each field's tokens lie."""
+    """Token ids [S] (contract.HOLES where a projected token stands), group of each position [S], each field's places."""
 
     ids: IntArray
     group: IntArray
@@ -91,7 +91,7 @@ class PromptBuilder:
             if i % 2 == 0 or part == "words":
                 added = self.encode(words if i % 2 else part)
             else:
-                added = [HOLE] * counts[part]
+                added = [HOLES[part]] * counts[part]
                 fields[part] = slice(len(ids), len(ids) + len(added))
             ids += added
             group += [GROUP_OF.get(part, TEXT) if i % 2 else TEXT] * len(added)

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +16,7 @@ from mosear.runtime.sampling import Sampling
 
 FloatArray = npt.NDArray[np.float32]
 DEFAULT_TOKENS = 64
+MAX_DEADLINE_MS = 3_600_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,7 +25,9 @@ class Request:
 
     video, audio: encoded media; the sound of `video` is heard unless `audio` is given. frames: u8 [F, H, W, 3] RGB and
     waveform: f32 [n] at the model's sample rate, in place of encoded media. strength: of attention reallocation, 0 to 1
-    (None: the checkpoint's). max_tokens: of `reason` (None: 64, or the engine's limit if that is lower).
+    (None: the checkpoint's). max_tokens: of `reason` (None: 64, or the engine's limit if that is lower); min_tokens: a
+    reason does not end before. features: f32 [n, size] by field (face, scene, voice), what this engine's encoders say of a
+    clip, with their `feature_schema`, in place of the clip. deadline_ms: from the request's arrival on (None: none).
     """
 
     task: Task | str = Task.CLASSIFY
@@ -32,9 +36,13 @@ class Request:
     frames: npt.NDArray[np.uint8] | None = None
     waveform: FloatArray | None = None
     words: str | bytes = ""
+    features: Mapping[str, FloatArray] = field(default_factory=dict)
+    feature_schema: str = ""
     max_tokens: int | None = None
+    min_tokens: int = 0
     strength: float | None = None
     sampling: Sampling = field(default_factory=Sampling)
+    deadline_ms: int | None = None
 
     def checked(self, limits: Limits) -> "Request":
         """This request with its task and words in their own types; raises RequestError naming the field and the limit."""
@@ -57,11 +65,15 @@ class Request:
         max_tokens = min(DEFAULT_TOKENS, limits.new_tokens) if self.max_tokens is None else self.max_tokens
         if type(max_tokens) is not int or not 1 <= max_tokens <= limits.new_tokens:
             raise RequestError(f"max_tokens is {max_tokens}: it must lie from 1 to {limits.new_tokens}")
+        if type(self.min_tokens) is not int or not 0 <= self.min_tokens <= max_tokens:
+            raise RequestError(f"min_tokens is {self.min_tokens}: it must lie from 0 to max_tokens, {max_tokens}")
+        if self.deadline_ms is not None and not 0 < self.deadline_ms <= MAX_DEADLINE_MS:
+            raise RequestError(f"deadline_ms is {self.deadline_ms}: it must lie from 1 to {MAX_DEADLINE_MS}")
         strength = self.strength
         if strength is not None and not (math.isfinite(strength) and 0 <= strength <= 1):
             raise RequestError(f"ar_strength is {strength}: it must lie from 0 (off) to 1")
         media = (self.video, self.audio, self.frames, self.waveform)
-        if all(part is None for part in media) and not words.strip():
+        if all(part is None for part in media) and not self.features and not words.strip():
             raise RequestError("the request is empty: send a video, a sound or words")
         _check_arrays(self.frames, self.waveform)
         return dataclasses.replace(self, task=Task(self.task), words=words.strip(), max_tokens=max_tokens)
@@ -113,6 +125,30 @@ class Answer:
     prompt_tokens: int
     timings_ms: Mapping[str, float]
     notes: tuple[str, ...]
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> "Answer":  # Any: JSON
+        """The answer that `record` tells of; raises KeyError, TypeError or ValueError where it does not."""
+
+        def judgement(told: Mapping[str, Any] | None) -> Judgement | None:  # Any: JSON
+            return None if told is None else Judgement(label=told["label"], scores=told["scores"])
+
+        groups = tuple(record["mass_before"])
+        return cls(
+            task=Task(record["task"]),
+            text=record["text"],
+            joint=judgement(record["joint"]),
+            face=judgement(record["face"]),
+            voice=judgement(record["voice"]),
+            conflict=record["conflict"],
+            modality_mass=np.array(record["modality_mass"], np.float32),
+            expert_weights=np.array([record["expert_weights"][group] for group in groups], np.float32),
+            groups=groups,
+            tokens=record["tokens"],
+            prompt_tokens=record["prompt_tokens"],
+            timings_ms=record["timings_ms"],
+            notes=tuple(record["notes"]),
+        )
 
     def record(self) -> dict[str, object]:
         """Plain data for JSON."""

@@ -1,0 +1,5 @@
+"""The model is `mosear.serving.models.decoder`."""
+
+from mosear.serving.models.decoder import TritonPythonModel
+
+__all__ = ["TritonPythonModel"]
