@@ -1,14 +1,14 @@
-# `make setup` once; then check, test, demo-local, bench. Every recipe runs in .venv.
+# `make setup` once; then check, test, demo, bench. Every recipe runs in .venv.
 PYTHON ?= python3.11
 RECIPE ?= export/recipes/cpu-fp32.toml
 CLIP ?= build/demo.mp4
 BIN := .venv/bin
 .DEFAULT_GOAL := help
 
-.PHONY: help setup check test test-full demo-local bench clean
+.PHONY: help setup check test test-full demo demo-local bench clean
 
 help:
-	@echo "make setup | check | test | test-full | demo-local | bench | clean"
+	@echo "make setup | check | test | test-full | demo | demo-local | bench | clean"
 
 setup:
 	@scripts/setup.sh $(PYTHON)
@@ -27,7 +27,14 @@ test: | $(BIN)/python
 test-full: | $(BIN)/python
 	$(BIN)/python -m pytest
 
-# Fetch the demo parts, build the engine, ask it about a clip.
+# Fetch the demo parts, build the engine, assemble the repository, serve it, ask about a clip over gRPC, stop.
+demo: setup
+	$(BIN)/mosear fetch-demo
+	$(BIN)/python export/build_engine.py --recipe $(RECIPE)
+	$(BIN)/mosear repo
+	$(BIN)/mosear demo --clip $(CLIP)
+
+# The same in one process, without a server.
 demo-local: | $(BIN)/python
 	$(BIN)/mosear fetch-demo
 	$(BIN)/python export/build_engine.py --recipe $(RECIPE)

@@ -16,6 +16,7 @@ import machine
 import numpy as np
 from report import DECODE, SHARE
 from safetensors import safe_open
+from workload import STRENGTH, WORDS
 
 from mosear.backends.session import Backend
 from mosear.config import ModelConfig
@@ -29,13 +30,10 @@ from mosear.runtime.prompt import Prompt, Task
 from mosear.runtime.request import Request
 from mosear.runtime.sampling import FloatArray
 
-STRENGTH = 0.5
 MIN_PROMPT = 200
 CHECKED_TOKENS = 8
 EARLY = 20  # requests before the first look at the memory
 PEER_TOLERANCE = 1e-3  # of the largest logit
-SENTENCE = "I did not expect to see you here today, and I really do not know what I should say to you now. "
-WORDS = (SENTENCE * 7).strip()
 
 Samples = dict[tuple[str, str], list[float]]  # (measure, unit)
 
@@ -69,8 +67,11 @@ class Decoded:
 class Served:
     """A pipeline on some backend: our engines, and the PyTorch reference under the same runtime."""
 
-    def __init__(self, name: str, pipeline: Pipeline, clip: bytes, *, tokens: int, bytes_per_token: int) -> None:
-        self.name, self.pipeline, self.clip = name, pipeline, clip
+    def __init__(
+        self, name: str, pipeline: Pipeline, backend: Backend, clip: bytes, *, tokens: int, bytes_per_token: int
+    ) -> None:
+        """`backend`: the one that the pipeline runs on."""
+        self.name, self.pipeline, self.backend, self.clip = name, pipeline, backend, clip
         self.tokens, self.bytes_per_token = tokens, bytes_per_token
         self.prompt, self.fields = reason_prompt(pipeline, clip)
         self.cases: dict[str, Callable[[], Samples]] = {
@@ -96,9 +97,8 @@ class Served:
     def reason(self, strength: float, tokens: int | None = None) -> Decoded:
         """Exactly that many greedy tokens, whatever they are."""
         count, rows = tokens or self.tokens, Rows(muted=((),), strength=strength)
-        pipeline = self.pipeline
         start = time.perf_counter()
-        generation = Generation(pipeline.backend, pipeline.config, self.prompt, rows, room=count)
+        generation = Generation(self.backend, self.pipeline.config, self.prompt, rows, room=count)
         ids = [int(generation.prefill(self.fields)["logits"][0, 0].argmax())]
         prefill_ms, steps = _since_ms(start), []
         for step in range(count - 1):
@@ -111,9 +111,7 @@ class Served:
     def embedded(self) -> FloatArray:
         """The prompt's embeddings [S, d], projected tokens in their places."""
         ids = self.prompt.ids.clip(min=0)[None]
-        hidden: FloatArray = np.array(
-            self.pipeline.backend.run("embedding", {"token_ids": ids})["hidden"][0], np.float32
-        )
+        hidden: FloatArray = np.array(self.backend.run("embedding", {"token_ids": ids})["hidden"][0], np.float32)
         self.prompt.fill(hidden, self.fields)
         return hidden
 
@@ -129,7 +127,7 @@ def engine_subject(engine: Engine, clip: bytes, *, tokens: int) -> Served:
     """Bytes per token: the file decoder.onnx.data, and four for each value of the layers' heads (used as fp32)."""
     heads = engine.folder / HEADS
     size = (engine.folder / "decoder.onnx.data").stat().st_size + head_bytes(heads)
-    return Served(engine.folder.name, engine.pipeline, clip, tokens=tokens, bytes_per_token=size)
+    return Served(engine.folder.name, engine.pipeline, engine.backend, clip, tokens=tokens, bytes_per_token=size)
 
 
 def decode_only(subject: Served) -> Served:
@@ -152,9 +150,9 @@ def reference_subject(checkpoint: Path, engine: Engine, clip: bytes, *, tokens: 
     from mosear_export.reference_backend import ReferenceBackend
 
     model = ReferenceModel.load(checkpoint)
-    pipeline = engine.on(ReferenceBackend(model))
+    backend = ReferenceBackend(model)
     size = 4 * sum(value.numel() for value in (*model.decoder.parameters(), *model.heads.values()))
-    return Served("pytorch-eager", pipeline, clip, tokens=tokens, bytes_per_token=size)
+    return Served("pytorch-eager", engine.on(backend), backend, clip, tokens=tokens, bytes_per_token=size)
 
 
 class Llama:
@@ -243,7 +241,7 @@ def check_llama(llama: Llama, reference: Served) -> float:
     from mosear_export.model.decoder import zero_heads
     from mosear_export.reference_backend import ReferenceBackend
 
-    backend = reference.pipeline.backend
+    backend = reference.backend
     assert isinstance(backend, ReferenceBackend)
     kept, backend.model.heads = backend.model.heads, zero_heads(backend.model.config)
     try:

@@ -1,4 +1,7 @@
-"""In-process latency of built engines beside peers: `python benchmarks/latency.py` (see --help)."""
+"""Latency of built engines beside peers, in process: `python benchmarks/latency.py` (see --help).
+
+With --url: through a running server beside the same engine in process.
+"""
 
 import argparse
 import dataclasses
@@ -14,6 +17,8 @@ import bare
 import cases
 import machine
 import report
+import served
+from workload import STRENGTH, make_demo_clip, say
 
 from mosear.engine import Engine
 from mosear.errors import MosearError
@@ -43,6 +48,9 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--tokens", type=int, default=64, help="greedy tokens of a reason case")
     parser.add_argument("--memory-requests", type=int, default=200, help="0: no memory run")
+    parser.add_argument(
+        "--url", help="host:port of a running server's gRPC: time it beside the first engine, nothing else"
+    )
     options = parser.parse_args()
     options.engine = options.engine or [folder for folder in DEFAULT_ENGINES if folder.exists()]
     if not options.engine:
@@ -52,13 +60,6 @@ def parse_arguments() -> argparse.Namespace:
     if options.n < 1 or options.tokens < 2 or options.memory_requests < 0:
         parser.error("--n must be 1 or more, --tokens 2 or more, --memory-requests 0 or more")
     return options
-
-
-def make_demo_clip(folder: Path) -> Path:
-    from mosear_export.demo.clip import make_clip
-    from mosear_export.demo.fetch import default_cache, fetch
-
-    return make_clip(fetch(default_cache(), say), folder / "clip.mp4").path
 
 
 def run(options: argparse.Namespace, clip_path: Path) -> report.Result:
@@ -90,7 +91,7 @@ def run(options: argparse.Namespace, clip_path: Path) -> report.Result:
     return report.Result(
         machine=stamp,
         limits=limits,
-        settings={"n": options.n, "tokens": options.tokens, "threads": threads, "strength": cases.STRENGTH},
+        settings={"n": options.n, "tokens": options.tokens, "threads": threads, "strength": STRENGTH},
         checks=checks,
         rows=rows,
         shares=shares,
@@ -121,15 +122,14 @@ def measure_memory(engine: Path, clip: Path, requests: int) -> dict[str, object]
     return {"engine": engine.name, **totals, "by process": found}
 
 
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
 def main() -> int:
     options = parse_arguments()
     try:
         with tempfile.TemporaryDirectory() as folder:
             clip = make_demo_clip(Path(folder))
+            if options.url:
+                result = served.compare(options.url, options.engine[0], clip, n=options.n, tokens=options.tokens)
+                return finish(result, report.write_tables(result, options.out, name=served.NAME))
             result = run(options, clip)
             report.write(result, options.out)  # kept if the memory run fails
             if options.memory_requests:
@@ -138,8 +138,12 @@ def main() -> int:
     except MosearError as error:
         say(f"error: {error}")
         return 1
+    return finish(result, report.write(result, options.out))
+
+
+def finish(result: report.Result, paths: Sequence[Path]) -> int:
     print(report.text(result))
-    for path in report.write(result, options.out):
+    for path in paths:
         say(f"wrote {path}")
     return 0
 

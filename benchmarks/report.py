@@ -90,14 +90,20 @@ def shares_of_bandwidth(rows: Sequence[Row], bytes_per_token: Mapping[str, int],
 
 def write(result: Result, folder: Path) -> list[Path]:
     """Write latency.json, latency.csv and latency.png into `folder`; returns their paths."""
+    paths = [*write_tables(result, folder, name=NAME), folder / f"{NAME}.png"]
+    draw(result, paths[-1])
+    return paths
+
+
+def write_tables(result: Result, folder: Path, *, name: str) -> list[Path]:
+    """The JSON and the CSV alone."""
     folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{NAME}.{suffix}" for suffix in ("json", "csv", "png")]
+    paths = [folder / f"{name}.{suffix}" for suffix in ("json", "csv")]
     paths[0].write_text(json.dumps(dataclasses.asdict(result), indent=1) + "\n")
     with paths[1].open("w", newline="") as file:
         table = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         table.writeheader()
         table.writerows(map(dataclasses.asdict, result.rows))
-    draw(result, paths[2])
     return paths
 
 
@@ -111,7 +117,11 @@ def text(result: Result) -> str:
     for row in result.rows:
         values = list(dataclasses.asdict(row).values())
         lines.append(form.format(*values[:6], *(f"{value:.2f}" for value in values[6:])))
-    lines += ["", f"{'subject':<22}{'case':<16}{'tokens/s':>9}{'MB/token':>10}{'GB/s':>8}{'share':>8}{'of best':>9}"]
+    if result.shares:
+        lines += [
+            "",
+            f"{'subject':<22}{'case':<16}{'tokens/s':>9}{'MB/token':>10}{'GB/s':>8}{'share':>8}{'of best':>9}",
+        ]
     lines += [
         f"{s.subject:<22}{s.case:<16}{s.tokens_s:>9.2f}{s.bytes_per_token / 1e6:>10.1f}{s.bytes_s / 1e9:>8.2f}{s.share:>8.1%}"
         f"{s.share_of_best:>9.1%}"

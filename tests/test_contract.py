@@ -123,7 +123,7 @@ def inputs_of(config: ModelConfig, part: Part) -> dict[str, torch.Tensor]:
 
 def test_element_types_have_one_name_everywhere() -> None:
     for dtype in DType:
-        assert dtype.numpy == np.dtype(dtype.value) and hasattr(torch, dtype.value)
+        assert dtype.numpy == np.dtype(dtype.value) and (dtype is DType.STRING or hasattr(torch, dtype.value))
 
 
 def test_no_tensor_name_is_spelled_out_beside_the_contract() -> None:

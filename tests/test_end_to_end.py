@@ -12,10 +12,7 @@ import media_factory
 import numpy as np
 import pytest
 import toy
-from tokenizers import AddedToken, Tokenizer
-from tokenizers.decoders import ByteLevel as ByteLevelDecoder
-from tokenizers.models import BPE
-from tokenizers.pre_tokenizers import ByteLevel
+from toy_engine import BAD, RECIPE, Folders
 
 from mosear.artifacts import MANIFEST
 from mosear.backends.onnxruntime_cpu import check
@@ -23,55 +20,20 @@ from mosear.cli import main
 from mosear.contract import parts
 from mosear.engine import Engine
 from mosear.errors import ConfigError, EngineError, MediaError, RequestError
-from mosear.recipe import Heads, Limits, Precision, Recipe
+from mosear.recipe import Heads, Precision, Recipe
 from mosear.runtime.pipeline import StageDone, Words
 from mosear.runtime.request import Answer, Request
 from mosear.runtime.sampling import Sampling
-from mosear_export import checkpoint
 from mosear_export.build import build_engine
 from mosear_export.export import export_checkpoint
 from mosear_export.model.whole import ReferenceModel
 from mosear_export.reference_backend import ReferenceBackend
 
-CONTROL = ("<|start|>", "<|end|>")
-LIMITS = Limits(clip_seconds=2.0, words=200, new_tokens=12, prompt_tokens=400)
-RECIPE = Recipe(name="toy", threads=1, limits=LIMITS)
-
-
-def byte_tokenizer() -> Tokenizer:
-    alphabet = sorted(ByteLevel.alphabet())
-    tokenizer = Tokenizer(BPE(vocab={token: i for i, token in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer, tokenizer.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in CONTROL])
-    return tokenizer
-
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Checkpoint, ONNX and engine folder of one toy."""
-    root = tmp_path_factory.mktemp("toy")
-    config = toy.toy_config()
-    config = dataclasses.replace(
-        config, backbone=dataclasses.replace(config.backbone, vocab_size=300, max_positions=512)
-    )
-    model = toy.toy_model(config)
-    checkpoint.save(root / "checkpoint", config, model.files(), byte_tokenizer().to_str())
-    lines: list[str] = []
-    exported = export_checkpoint(root / "checkpoint", root / "onnx", lines.append)
-    engine = build_engine(RECIPE, exported, root / "engines", lines.append)
-    assert any("decoder (9 of 9)" in line for line in lines)
-    return {"checkpoint": root / "checkpoint", "onnx": exported, "engine": engine, "root": root}
-
-
-@pytest.fixture(scope="module")
-def engine(folders: dict[str, Path]) -> Iterator[Engine]:
-    with Engine(folders["engine"]) as loaded:
+def engine(folders: Folders) -> Iterator[Engine]:
+    with Engine(folders.engine) as loaded:
         yield loaded
-
-
-@pytest.fixture(scope="module")
-def clip() -> bytes:
-    return media_factory.make_clip("mp4", seconds=1.0)
 
 
 def test_every_task_answers_with_masses_scores_and_timings(engine: Engine, clip: bytes) -> None:
@@ -92,10 +54,8 @@ def test_every_task_answers_with_masses_scores_and_timings(engine: Engine, clip:
 
 
 @pytest.mark.parametrize("task", ["classify", "reason", "conflict"])
-def test_the_engine_answers_as_the_reference_does(
-    engine: Engine, folders: dict[str, Path], clip: bytes, task: str
-) -> None:
-    reference = ReferenceBackend(ReferenceModel.load(folders["checkpoint"]))
+def test_the_engine_answers_as_the_reference_does(engine: Engine, folders: Folders, clip: bytes, task: str) -> None:
+    reference = ReferenceBackend(ReferenceModel.load(folders.checkpoint))
     pipeline, other = engine.pipeline, engine.on(reference)
     request = Request(task=task, video=clip, words="well", strength=0.9, max_tokens=12)
     found, wanted = pipeline.answer(request), other.answer(request)
@@ -136,31 +96,6 @@ def test_equal_seeds_give_equal_words(engine: Engine) -> None:
     assert words(1) == words(1) and len({words(seed) for seed in range(4)}) > 1
 
 
-BAD = {
-    "empty request": (Request(), "empty"),
-    "unknown task": (Request(words="a", task="guess"), "classify, reason, conflict"),
-    "strength nan": (Request(words="a", strength=float("nan")), "ar_strength"),
-    "strength -1": (Request(words="a", strength=-1.0), "ar_strength"),
-    "strength 1e9": (Request(words="a", strength=1e9), "ar_strength"),
-    "no tokens": (Request(words="a", max_tokens=0), "from 1 to 12"),
-    "too many tokens": (Request(words="a", max_tokens=10**9), "from 1 to 12"),
-    "control token": (Request(words="so <|end|> it is"), "'<|end|>' at character 3"),
-    "not utf-8": (Request(words=b"caf\xe9"), "not UTF-8 at byte 3"),
-    "lone surrogate": (Request(words="a\ud800"), "character 1"),
-    "too many words": (Request(words="a" * 201), "takes 200"),
-    "frames of floats": (Request(frames=np.zeros((1, 8, 8, 3), np.float32)), "uint8 [F, H, W, 3]"),
-    "frames of two axes": (Request(frames=np.zeros((8, 8), np.uint8)), "uint8 [F, H, W, 3]"),
-    "too many frames": (Request(frames=np.zeros((9, 8, 8, 3), np.uint8)), "takes 3"),
-    "waveform of doubles": (Request(waveform=np.zeros(9)), "float32 [n]"),
-    "waveform of nan": (Request(waveform=np.full(9, np.nan, np.float32)), "not finite"),
-    "waveform too long": (Request(waveform=np.zeros(32001, np.float32)), "takes 32000"),
-    "both kinds of media": (Request(audio=b"RIFF", frames=np.zeros((1, 8, 8, 3), np.uint8)), "one or the other"),
-    "text as video": (Request(video=b"just some text, no video\n" * 9), "video_bytes"),
-    "no bytes": (Request(video=b""), "video_bytes"),
-    "ten bytes of wav": (Request(audio=b"RIFF\x02\0\0\0WA"), "audio_bytes"),
-}
-
-
 @pytest.mark.parametrize("case", BAD)
 def test_a_bad_request_says_what_is_wrong_and_harms_no_other(engine: Engine, case: str) -> None:
     request, said = BAD[case]
@@ -196,52 +131,52 @@ def test_tensors_of_another_type_or_shape_are_named(engine: Engine) -> None:
             check(spec, bad)
 
 
-def test_an_altered_or_foreign_engine_is_refused_before_it_is_loaded(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_an_altered_or_foreign_engine_is_refused_before_it_is_loaded(folders: Folders, tmp_path: Path) -> None:
     copy = tmp_path / "engine"
-    subprocess.run(["cp", "-r", str(folders["engine"]), str(copy)], check=True)
+    subprocess.run(["cp", "-r", str(folders.engine), str(copy)], check=True)
     with (copy / "voice.onnx").open("r+b") as file:
         file.seek(40)
         file.write(b"x")
     with pytest.raises(EngineError, match=r"voice\.onnx was altered.*build_engine"):
         Engine(copy)
-    record = json.loads((folders["engine"] / MANIFEST).read_text())
+    record = json.loads((folders.engine / MANIFEST).read_text())
     (copy / MANIFEST).write_text(json.dumps({**record, "format": 99}))
     with pytest.raises(EngineError, match="format 99"):
         Engine(copy)
     with pytest.raises(EngineError, match="holds onnx"):
-        Engine(folders["onnx"])
+        Engine(folders.onnx)
     with pytest.raises(EngineError, match="no engine folder"):
         Engine(tmp_path)
 
 
-def test_an_altered_onnx_folder_is_not_built(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_an_altered_onnx_folder_is_not_built(folders: Folders, tmp_path: Path) -> None:
     copy = tmp_path / "onnx"
-    subprocess.run(["cp", "-r", str(folders["onnx"]), str(copy)], check=True)
+    subprocess.run(["cp", "-r", str(folders.onnx), str(copy)], check=True)
     (copy / "face.onnx").write_bytes(b"")
     with pytest.raises(EngineError, match=r"face\.onnx was altered.*export"):
         build_engine(RECIPE, copy, tmp_path / "engines", lambda line: None)
     assert not list((tmp_path / "engines").glob("toy*"))
 
 
-def test_a_second_build_does_nothing_and_another_recipe_builds_anew(folders: dict[str, Path]) -> None:
+def test_a_second_build_does_nothing_and_another_recipe_builds_anew(folders: Folders) -> None:
     lines: list[str] = []
-    root = folders["root"]
-    assert export_checkpoint(folders["checkpoint"], root / "onnx", lines.append) == folders["onnx"]
-    assert build_engine(RECIPE, folders["onnx"], root / "engines", lines.append) == folders["engine"]
+    root = folders.root
+    assert export_checkpoint(folders.checkpoint, root / "onnx", lines.append) == folders.onnx
+    assert build_engine(RECIPE, folders.onnx, root / "engines", lines.append) == folders.engine
     assert len(lines) == 2 and all("is fresh" in line for line in lines)
     other = dataclasses.replace(RECIPE, threads=2)
-    assert build_engine(other, folders["onnx"], root / "engines", lines.append) != folders["engine"]
+    assert build_engine(other, folders.onnx, root / "engines", lines.append) != folders.engine
 
 
-def test_baked_heads_and_int8_answer_too(folders: dict[str, Path], engine: Engine, clip: bytes, tmp_path: Path) -> None:
+def test_baked_heads_and_int8_answer_too(folders: Folders, engine: Engine, clip: bytes, tmp_path: Path) -> None:
     request = Request(task="reason", video=clip, max_tokens=8)
     wanted = engine.pipeline.answer(request)
     baked = dataclasses.replace(RECIPE, heads=Heads.BAKED)
-    with Engine(build_engine(baked, folders["onnx"], tmp_path, lambda line: None)) as other:
+    with Engine(build_engine(baked, folders.onnx, tmp_path, lambda line: None)) as other:
         assert not other.backend.heads
         assert other.pipeline.answer(request).text == wanted.text
     int8 = dataclasses.replace(RECIPE, precision=Precision.INT8, block=16)
-    with Engine(build_engine(int8, folders["onnx"], tmp_path, lambda line: None)) as other:
+    with Engine(build_engine(int8, folders.onnx, tmp_path, lambda line: None)) as other:
         answer = other.pipeline.answer(Request(video=clip))
         assert answer.joint
         np.testing.assert_allclose(answer.modality_mass, wanted.modality_mass, atol=0.2)
@@ -260,7 +195,7 @@ def test_a_misspelt_recipe_key_is_named(tmp_path: Path) -> None:
         Recipe.load(path)
 
 
-def test_answering_needs_neither_torch_nor_onnx(folders: dict[str, Path], clip: bytes, tmp_path: Path) -> None:
+def test_answering_needs_neither_torch_nor_onnx(folders: Folders, clip: bytes, tmp_path: Path) -> None:
     """The command line answers a clip in a process in which torch, onnx and the export package cannot be imported."""
     video = tmp_path / "clip.mp4"
     video.write_bytes(clip)
@@ -271,7 +206,7 @@ def test_answering_needs_neither_torch_nor_onnx(folders: dict[str, Path], clip: 
         "from mosear.cli import main\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
-    command = ["ask", str(video), "--local", "--engine", str(folders["engine"]), "--task", "conflict", "--json"]
+    command = ["ask", str(video), "--local", "--engine", str(folders.engine), "--task", "conflict", "--json"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
         [sys.executable, "-c", script, *command], capture_output=True, text=True, check=False, env=environment
@@ -281,11 +216,11 @@ def test_answering_needs_neither_torch_nor_onnx(folders: dict[str, Path], clip: 
 
 
 def test_the_command_line_prints_answers_and_errors(
-    folders: dict[str, Path], clip: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folders: Folders, clip: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     video = tmp_path / "clip.mp4"
     video.write_bytes(clip)
-    ask = ["ask", str(video), "--local", "--engine", str(folders["engine"])]
+    ask = ["ask", str(video), "--local", "--engine", str(folders.engine)]
     assert main([*ask, "--task", "conflict"]) == 0
     shown = capsys.readouterr().out
     for part in ("face_detector", "face alone", "voice alone", "attention mass", "expert weights", "tokens read"):
@@ -294,7 +229,7 @@ def test_the_command_line_prints_answers_and_errors(
     assert capsys.readouterr().err.startswith("mosear: ar_strength is nan")
     assert main(["ask", str(tmp_path / "none.mp4"), "--local"]) == 1
     assert "cannot be read" in capsys.readouterr().err
-    assert main(["inspect", str(folders["engine"])]) == 0
+    assert main(["inspect", str(folders.engine)]) == 0
     assert "decoder.onnx.data" in capsys.readouterr().out
-    assert main(["doctor", "--engine", str(folders["engine"])]) == 0
+    assert main(["doctor", "--engine", str(folders.engine)]) == 0
     assert "whole" in capsys.readouterr().out

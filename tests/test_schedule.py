@@ -14,7 +14,7 @@ import pytest
 from tolerance import assert_close
 from toy import FULL, GROUPED, toy_config, toy_model
 
-from mosear.backends.onnxruntime_cpu import OnnxRuntimeBackend, optimise
+from mosear.backends.onnxruntime_cpu import BoundDecoder, OnnxRuntimeBackend, optimise
 from mosear.backends.session import Backend, DecoderState
 from mosear.config import ModelConfig, MoSEConfig, Route, Target
 from mosear.contract import DECODER, EMBEDDING, HOLES, Tensors, parts
@@ -275,20 +275,24 @@ def test_capacity_follows_what_runs(toy: Toy) -> None:
         assert_same(record.events, alone(toy, work))
 
 
-def test_capacity_grows_while_another_prompt_is_half_read(toy: Toy) -> None:
-    """A decoding row crosses the capacity between two chunks of a prompt whose later groups are known already."""
+def test_capacity_changes_while_another_prompt_is_half_read(toy: Toy) -> None:
+    """A decoding row crosses the capacity, or a long one ends, between two chunks of a prompt whose groups are known."""
     group = np.array([TEXT] * 30 + [AUDIO] * 3 + [VIDEO] * 20 + [TEXT] * 4, np.int32)
-    ids = np.random.default_rng(3).integers(3, 60, len(group)).astype(np.int32)
-    first = reason(toy.config, 1, ids=ids[:20], group=group[:20], features={}, max_tokens=150)
-    then = make_work(toy.config, 2, ids=ids, group=group, features={}, task=Task.CONFLICT)
-    scheduler = toy.scheduler(prefill_rows=3)
-    records = submit(scheduler, first)
-    while len(records[0].tokens) < 90:
-        scheduler.step()
-    records += submit(scheduler, then)
-    run_until_done(scheduler, records)
-    for work, record in zip((first, then), records):
-        assert_same(record.events, alone(toy, work))
+    ids = np.random.default_rng(3).integers(3, 60, 190).astype(np.int32)
+    plain: dict[str, Any] = {"group": np.zeros(190, np.int32), "ids": ids, "features": {}}  # Any: a field of Work each
+    short = {**plain, "group": plain["group"][:20], "ids": ids[:20]}
+    then = make_work(toy.config, 2, ids=ids[:57], group=group, features={}, task=Task.CONFLICT)
+    grows = [reason(toy.config, 1, **short, max_tokens=140)]
+    shrinks = [reason(toy.config, 1, **plain, max_tokens=30), reason(toy.config, 1, **short, max_tokens=40)]
+    for before, written in ((grows, 80), (shrinks, 15)):
+        scheduler = toy.scheduler(prefill_rows=1)
+        records = submit(scheduler, *before)
+        while len(records[0].tokens) < written:
+            scheduler.step()
+        records += submit(scheduler, then)
+        run_until_done(scheduler, records)
+        for work, record in zip([*before, then], records):
+            assert_same(record.events, alone(toy, work))
 
 
 def test_a_conflict_report_beside_reasons_and_first_come_first_served(toy: Toy) -> None:
@@ -416,7 +420,7 @@ def test_what_can_never_fit_is_refused_at_once(toy: Toy) -> None:
 
 
 class Failing:
-    """A backend whose decoder fails on the calls of so many sequences, as long as it is told to."""
+    """A backend whose decoder fails on the calls of so many sequences, as long as it is told to, and spoils the cache."""
 
     device, provider = "cpu", "failing"
 
@@ -439,6 +443,9 @@ class FailingState:
 
     def step(self, tensors: Tensors, *, first: int = 0) -> Tensors:
         if len(tensors["hidden"]) == self.owner.sequences:
+            assert isinstance(self.state, BoundDecoder)
+            for array in self.state.cache.values():
+                array[:] = np.nan
             raise OSError("the device is gone")
         return self.state.step(tensors, first=first)
 
@@ -446,10 +453,10 @@ class FailingState:
 def test_a_failed_step_ends_its_requests_and_those_that_wait_are_answered(toy: Toy) -> None:
     backend = Failing(toy.backend)
     scheduler = toy.scheduler(backend=backend, slots=2, prefill_rows=1000)
-    works = [reason(toy.config, seed) for seed in range(4)]
+    works = [reason(toy.config, seed, max_tokens=30) for seed in range(4)]
     records = submit(scheduler, *works)
-    scheduler.step()
-    scheduler.step()
+    while not records[1].tokens:
+        scheduler.step()
     backend.sequences = 2
     scheduler.step()
     assert all("device is gone" in str(record.error) for record in records[:2])

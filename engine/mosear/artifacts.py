@@ -92,6 +92,8 @@ def publish(root: Path, *, kind: str, name: str, inputs: dict[str, object]) -> I
         files = folder_hashes(draft.folder)
         Manifest(kind=kind, key=key, inputs=inputs, files=files, notes=draft.notes).save(draft.folder)
         draft.folder.chmod(0o755)
+        for file in files:  # safetensors writes for its owner alone
+            (draft.folder / file).chmod(0o644)
         final = location(root, name=name, inputs=inputs)
         if final.exists():
             shutil.rmtree(final)

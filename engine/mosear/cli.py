@@ -5,11 +5,15 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mosear.errors import MosearError
 from mosear.runtime.prompt import Task
 from mosear.runtime.request import Request
 from mosear.runtime.sampling import Sampling
+
+if TYPE_CHECKING:
+    from mosear.serving.server import ServerOptions
 
 BUILD = Path("build")
 RECIPE = Path("export/recipes/cpu-fp32.toml")
@@ -56,6 +60,9 @@ def parser() -> argparse.ArgumentParser:
     _repo_options(_command(commands, "repo", _repo, "make a Triton model repository from an engine"))
     _serve_options(_command(commands, "serve", _serve, "serve a model repository with Triton Server"))
     _ask_options(_command(commands, "ask", _ask, "ask about a clip"))
+    demo = _command(commands, "demo", _demo, "serve a repository, ask about a clip over gRPC, stop the server")
+    _serve_options(demo)
+    demo.add_argument("--clip", type=Path, default=DEMO_CLIP, help="default: %(default)s")
     bench = _command(commands, "bench", _bench, "measure latency: benchmarks/latency.py of a source checkout")
     bench.add_argument("rest", nargs=argparse.REMAINDER)
     doctor = _command(commands, "doctor", _doctor, "what this machine and environment have")
@@ -180,12 +187,33 @@ def _repo(options: argparse.Namespace) -> None:
     )  # fmt: skip
 
 
-def _serve(options: argparse.Namespace) -> None:
-    from mosear.serving.server import ServerOptions, serve
+def _server_options(options: argparse.Namespace) -> "ServerOptions":
+    from mosear.serving.server import ServerOptions
 
-    chosen = {field.name: getattr(options, field.name) for field in dataclasses.fields(ServerOptions)
-              if hasattr(options, field.name)}  # fmt: skip
-    serve(ServerOptions(**chosen), _say)
+    names = [field.name for field in dataclasses.fields(ServerOptions)]
+    return ServerOptions(**{name: getattr(options, name) for name in names if hasattr(options, name)})
+
+
+def _serve(options: argparse.Namespace) -> None:
+    from mosear.serving.server import serve
+
+    serve(_server_options(options), _say)
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from mosear.ask import ask_server, read_file
+    from mosear.serving.server import Server
+
+    clip, settings = read_file(options.clip), _server_options(options)
+    _say(f"server: starting on {settings.repository}")
+    with Server(settings) as server:
+        url = f"{settings.address}:{settings.grpc_port}"
+        _say(f"server: ready at {url}: {', '.join(server.models)}")
+        for task in (Task.REASON, Task.CONFLICT):
+            _say(f"\n{task}: {options.clip} over gRPC")
+            ask_server(url, Request(task=task, video=clip), as_json=False)
+        _say("\nserver: stopping")
+    _say("server: stopped")
 
 
 def _ask(options: argparse.Namespace) -> None:

@@ -50,7 +50,8 @@ class Scheduler:
         queue: int, capacity: int, prefill_rows: int = PREFILL_ROWS,
     ) -> None:  # fmt: skip
         """labels: token ids of each; stop: token that ends a reason; slots: cache rows; queue: requests that may wait;
-        capacity: most positions of a row; prefill_rows: positions times rows of a prompt read between two decode steps."""
+        capacity: most positions of a row; prefill_rows: most positions times rows of a prompt that are read between two
+        decode steps."""
         self.labels, self.queue_limit = labels, queue
         self.longest = min(capacity, config.backbone.max_positions)
         self._slots = Slots(backend, config, count=slots)

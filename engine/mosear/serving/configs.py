@@ -45,10 +45,10 @@ class Device(enum.StrEnum):
 class Settings:
     """How much is served at once."""
 
-    slots: int = 4
-    queue: int = 16
+    slots: int = 8
+    queue: int = 32
     prefill_rows: int = 64
-    workers: int = 4
+    workers: int = 16
 
     def __post_init__(self) -> None:
         for name in self.__slots__:
