@@ -29,6 +29,7 @@ NOTES = (
     "first token: from the call (or arrival) to the first event of words, clip and encoders included. inter-token: between "
     "two events of words, which is a token each unless a character takes several.",
     "busy share: tries refused as busy, of all tries. other text: answers that differ from the one asked alone.",
+    "tokens/s: of classify, answers (a label counts once, the server's mosear_tokens_total leaves it out).",
     "the askers share this machine's cores with the server.",
     "percentiles interpolate linearly between ranks; with few samples p99 is nearly the maximum.",
 )

@@ -184,7 +184,9 @@ def draw(result: Result, path: Path) -> None:
         )
         _rates(row[0], task, closed)
         _times(row[1], closed, "first_token_ms", title="time to first token", xlabel="concurrency")
-        _times(row[2], closed, "inter_token_ms", title="inter-token time", xlabel="concurrency")
+        several = any(level.inter_token_ms for level in closed)  # a label comes in one piece
+        measure, title = ("inter_token_ms", "inter-token time") if several else ("total_ms", "whole answer")
+        _times(row[2], closed, measure, title=title, xlabel="concurrency")
         _times(row[3], opened, "total_ms", title="open loop: whole answer", xlabel="arrivals/s")
         busy = row[3].twinx()
         busy.plot([level.offered for level in opened], [level.busy_share for level in opened], "k:", marker="x")
@@ -198,7 +200,8 @@ def _rates(axes: Any, task: Task, levels: Sequence[Level]) -> None:  # Any: of m
     at = [level.offered for level in levels]
     axes.plot(at, [level.requests_s for level in levels], "o-", label="answered")
     axes.axhline(levels[0].requests_s, color="gray", linestyle="--", linewidth=1, label="concurrency 1")
-    axes.set(title=f"{task}: closed loop", xlabel="concurrency", ylabel="requests/s", ylim=(0, None))
+    axes.set(title=f"{task}: closed loop", xlabel="concurrency", ylabel="requests/s")
+    axes.set_ylim(0, 1.1 * max(level.requests_s for level in levels))
     axes.set_xscale("log", base=2)
     axes.set_xticks(at, [f"{value:g}" for value in at])
     axes.legend(fontsize="small")
@@ -208,12 +211,11 @@ def _times(axes: Any, levels: Sequence[Level], measure: str, *, title: str, xlab
     shown = [(level.offered, found) for level in levels if (found := getattr(level, measure))]
     axes.set(title=title, xlabel=xlabel, ylabel="ms")
     if not shown:
-        axes.text(0.5, 0.5, "one token only", ha="center", transform=axes.transAxes)
         return
     at = [offered for offered, _ in shown]
     for share in SHARES:
         axes.plot(at, [getattr(found, f"p{share}") for _, found in shown], "o-", label=f"p{share}")
-    axes.set_ylim(0, None)
+    axes.set_ylim(0, 1.1 * max(found.p99 for _, found in shown))
     if xlabel == "concurrency":
         axes.set_xscale("log", base=2)
         axes.set_xticks(at, [f"{value:g}" for value in at])

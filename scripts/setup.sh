@@ -47,8 +47,8 @@ check_machine() {
     finds "$PYTHON" libstdc++.so.6 ||
         fail "libstdc++.so.6 is not there, which torch and onnxruntime load: apt-get install libstdc++6"
     finds_libpython "$PYTHON" ||
-        say "WARNING: libpython$VERSION.so.1.0 is not there. Nothing needs it yet, the server will:" \
-            "apt-get install libpython$VERSION"
+        fail "libpython$VERSION.so.1.0 is neither on the loader's path nor beside $PYTHON, and the server's models need it:" \
+            "apt-get install libpython$VERSION (an interpreter of your own: build it with --enable-shared)"
     [[ -e /etc/ssl/certs/ca-certificates.crt || -e /etc/ssl/cert.pem || -n "$(ls -A /etc/ssl/certs 2>/dev/null)" ]] ||
         say "WARNING: no certificates in /etc/ssl/certs. If downloads fail: apt-get install ca-certificates"
     local free

@@ -72,7 +72,7 @@ def _array(spec: TensorSpec, value: np.ndarray) -> np.ndarray:  # type: ignore[t
     fits = value.dtype == spec.dtype.numpy and value.ndim == len(spec.axes)
     if not fits or any(isinstance(axis, int) and axis != size for axis, size in zip(spec.axes, value.shape)):
         raise RequestError(
-            f"{spec.name} is {value.dtype} {list(value.shape)}: it must be {spec.dtype} {list(spec.axes)}"
+            f"{spec.name} is {value.dtype} {list(value.shape)}: it must be {spec.dtype} [{', '.join(map(str, spec.axes))}]"
         )
     return np.ascontiguousarray(value)
 

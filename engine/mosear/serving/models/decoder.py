@@ -57,6 +57,7 @@ class TritonPythonModel:
             listener.ticket = self.scheduler.submit(self._work(given), listener)
             if session:
                 self.sessions[session] = listener.ticket
+        self.show_load()
 
     def count(self, event: Said) -> None:
         if isinstance(event, Token):

@@ -1,5 +1,6 @@
 """Our own metrics beside Triton Server's, on the same page (`mosear_*`). Runs inside the Python backend's stub."""
 
+import threading
 from typing import Any
 
 import triton_python_backend_utils as pb_utils
@@ -10,6 +11,7 @@ from mosear.runtime.decode import Prefilled
 MS_BUCKETS = [50.0, 100.0, 200.0, 300.0, 500.0, 750.0, 1000.0, 1500.0, 2000.0, 3000.0, 5000.0, 10000.0, 30000.0]
 SHARE_BUCKETS = [0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
 Metric = Any  # of the Python backend, which has no types
+_LOCK = threading.Lock()  # around every change: from two threads at once, these end the server with SIGSEGV
 
 
 def _family(name: str, about: str, kind: str) -> Metric:
@@ -21,9 +23,17 @@ class AnswerMetrics:
 
     def __init__(self, model: str) -> None:
         self.family = _family("time_to_first_token_ms", "From a request's arrival to its first words, ms", "HISTOGRAM")
-        self.first_token = self.family.Metric(labels={"model": model}, buckets=MS_BUCKETS)
+        self.first = self.family.Metric(labels={"model": model}, buckets=MS_BUCKETS)
         self.running_family = _family("running", "Requests under way", "GAUGE")
-        self.running = self.running_family.Metric(labels={"model": model})
+        self.now = self.running_family.Metric(labels={"model": model})
+
+    def running(self, count: int) -> None:
+        with _LOCK:
+            self.now.set(count)
+
+    def first_token(self, ms: float) -> None:
+        with _LOCK:
+            self.first.observe(ms)
 
 
 class DecoderMetrics:
@@ -52,17 +62,20 @@ class DecoderMetrics:
         }
 
     def load(self, *, slots_in_use: int, queue_length: int) -> None:
-        self.plain["slots_in_use"].set(slots_in_use)
-        self.plain["queue_length"].set(queue_length)
+        with _LOCK:
+            self.plain["slots_in_use"].set(slots_in_use)
+            self.plain["queue_length"].set(queue_length)
 
     def token(self) -> None:
-        self.plain["tokens"].increment(1)
+        with _LOCK:
+            self.plain["tokens"].increment(1)
 
     def prefilled(self, event: Prefilled) -> None:
         mean = event.mass.mean(0)  # [2, G]
-        for row, moment in enumerate(("before", "after")):
-            for group, value in enumerate(mean[row]):
-                self.mass[moment, group].observe(float(value))
-        for (group, expert), metric in self.expert.items():
-            if event.experts[group].any():  # a modality that is not there uses none
-                metric.observe(float(event.experts[group, expert]))
+        with _LOCK:
+            for row, moment in enumerate(("before", "after")):
+                for group, value in enumerate(mean[row]):
+                    self.mass[moment, group].observe(float(value))
+            for (group, expert), metric in self.expert.items():
+                if event.experts[group].any():  # a modality that is not there uses none
+                    metric.observe(float(event.experts[group, expert]))

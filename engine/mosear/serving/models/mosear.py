@@ -56,10 +56,15 @@ def _sample_axis(value: Any) -> Any:  # Any: an array of the contract's type
 class ServedDecoder:
     """The decoder of the server, behind `Decoding`."""
 
+    def __init__(self) -> None:
+        # Streams that threads ask for at the same moment end in a crash of this process within a thousand of them.
+        self.lock = threading.Lock()
+
     def decode(self, work: Work) -> Generator[Said]:
         session, done = uuid.uuid4().hex, False
+        answers = self._call(_work_tensors(work, session))
         try:
-            for answer in _call(_work_tensors(work, session)):
+            for answer in answers:
                 if answer.has_error():
                     done = True
                     raise decode_fault(answer.error().message())
@@ -69,16 +74,17 @@ class ServedDecoder:
             done = True
         finally:
             if not done:  # whoever listened has gone
-                for _ in _call({"session": wire.texts(session), "cancel": np.array([True])}):
+                for _ in self._call({"session": wire.texts(session), "cancel": np.array([True])}):
+                    pass
+                for _ in answers:  # left while the decoder runs, it would keep the server from stopping
                     pass
 
-
-def _call(tensors: Tensors) -> Any:  # Any: an iterator of responses
-    inputs = [pb_utils.Tensor(name, value) for name, value in tensors.items()]
-    names = ["modality_mass", "expert_weights", "token", "label_scores"]
-    return pb_utils.InferenceRequest(model_name=DECODER, requested_output_names=names, inputs=inputs).exec(
-        decoupled=True
-    )
+    def _call(self, tensors: Tensors) -> Any:  # Any: an iterator of responses
+        inputs = [pb_utils.Tensor(name, value) for name, value in tensors.items()]
+        names = ["modality_mass", "expert_weights", "token", "label_scores"]
+        request = pb_utils.InferenceRequest(model_name=DECODER, requested_output_names=names, inputs=inputs)
+        with self.lock:
+            return request.exec(decoupled=True)
 
 
 def _work_tensors(work: Work, session: str) -> Tensors:
@@ -134,7 +140,7 @@ class TritonPythonModel:
             with self.lock:
                 full = self.open >= self.most
                 self.open += not full
-                self.metrics.running.set(self.open)
+                self.metrics.running(self.open)
             if full:
                 wire.finish(sender, wire.failure(BusyError(f"{self.most} requests are under way: try again later")))
             else:
@@ -148,7 +154,7 @@ class TritonPythonModel:
         finally:
             with self.lock:
                 self.open -= 1
-                self.metrics.running.set(self.open)
+                self.metrics.running(self.open)
 
     def _respond(self, request: Triton, sender: Triton, arrived: float) -> Triton:
         """Send what comes, return the last response."""
@@ -162,7 +168,7 @@ class TritonPythonModel:
                 return self._last(event, text)
             if isinstance(event, Words):
                 if not text:
-                    self.metrics.first_token.observe((time.perf_counter() - arrived) * 1e3)
+                    self.metrics.first_token((time.perf_counter() - arrived) * 1e3)
                 text += event.text
             if self.decoupled:
                 sender.send(wire.response(wire.event_tensors(event)))
