@@ -46,10 +46,12 @@ def test_experts_of_linears_with_one_input_are_joined(tmp_path: Path) -> None:
     decoder = Exported(toy_config(), DECODER, tmp_path)
     model, heads = prepare_decoder(onnx.load(decoder.path), decoder.model.config, RECIPE, decoder.heads)
     experts = [node for node in model.graph.node if node.op_type.startswith("JointModalityExperts")]
-    assert [len(node.output) - 1 for node in experts] == [2, 1] * decoder.model.config.backbone.layers
+    assert [node.op_type[-1] for node in experts] == ["2", "1"] * decoder.model.config.backbone.layers
     rank, groups, width = 3, 3 * 2, 24
     assert heads["layers.0.q_proj_v_proj.down"].shape == (width, 2 * (rank + groups))
     assert {value.name for value in model.graph.input} - {spec.name for spec in decoder.part.inputs} == heads.keys()
+    assert heads["layers.0.q_proj_v_proj.up"].shape == (2 * groups * rank, (6 + 2 + 2) * 8)
+    assert not heads["layers.0.q_proj_v_proj.up"][:, 6 * 8 : 8 * 8].any()  # k has no experts
     twice = dict(decoder.heads, modality_weight=2 * decoder.heads["modality_weight"])
     other = prepare_decoder(onnx.load(decoder.path), decoder.model.config, RECIPE, twice)[1]
     np.testing.assert_array_equal(other["layers.1.down_proj.up"], 2 * heads["layers.1.down_proj.up"])
@@ -69,5 +71,5 @@ def test_baked_heads_are_constants_and_no_inputs(tmp_path: Path) -> None:
     decoder = Exported(toy_config(), DECODER, tmp_path)
     recipe = Recipe(name="toy", heads=Heads.BAKED)
     model, heads = prepare_decoder(onnx.load(decoder.path), decoder.model.config, recipe, decoder.heads)
-    assert not heads and "layers.0.q_proj.up" in {tensor.name for tensor in model.graph.initializer}
+    assert not heads and "layers.0.q_proj_v_proj.up" in {tensor.name for tensor in model.graph.initializer}
     assert {value.name for value in model.graph.input} == {spec.name for spec in decoder.part.inputs}

@@ -83,8 +83,10 @@ def prepare_decoder(
     model: onnx.ModelProto, config: ModelConfig, recipe: Recipe, heads: Tensors
 ) -> tuple[onnx.ModelProto, Tensors]:
     """The decoder's graph as a recipe wants it, calls fused and weights in its precision, and what its head inputs take."""
-    fuse.fuse_decoder(model)
+    fuse.merge_linears(model)
+    fuse.skip_norms(model)
     heads = pack.pack(model, config, heads)
+    fuse.split_heads(model, config.backbone.head_size)
     if recipe.heads is Heads.BAKED:
         kept = [value for value in model.graph.input if value.name not in heads]
         del model.graph.input[:]

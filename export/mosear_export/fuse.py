@@ -8,12 +8,6 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 MICROSOFT = "com.microsoft"
 
 
-def fuse_decoder(model: ModelProto) -> None:
-    """Apply all fusions in place."""
-    merge_linears(model)
-    skip_norms(model)
-
-
 def merge_linears(model: ModelProto) -> None:
     """Products of one input with constant weights [d_in, d_out] become one, then a Split (q, k and v; gate and up)."""
     graph = model.graph
@@ -72,6 +66,50 @@ def skip_norms(model: ModelProto) -> None:
     replace_nodes(model, result)
     if MICROSOFT not in {opset.domain for opset in model.opset_import}:
         model.opset_import.append(helper.make_opsetid(MICROSOFT, 1))
+
+
+def split_heads(model: ModelProto, head_size: int) -> None:
+    """A Split into q, k and v, each reshaped to heads and transposed, becomes one reshape, one transpose, one Split."""
+    graph = model.graph
+    users: dict[str, list[NodeProto]] = defaultdict(list)
+    for node in graph.node:
+        for name in node.input:
+            users[name].append(node)
+    gone, instead = set(), {}
+    for split in [node for node in graph.node if node.op_type == "Split"]:
+        views = [user for output in split.output for user in users[output]]
+        if {view.op_type for view in views} != {"Reshape"} or len(views) != len(split.output):
+            continue
+        turns = [user for view in views for user in users[view.output[0]]]
+        same = len({view.input[1] for view in views}) == 1 and {turn.op_type for turn in turns} == {"Transpose"}
+        if not same or len(turns) != len(views):
+            continue
+        gone |= {node.output[0] for node in (*views, *turns)}
+        instead[split.output[0]] = _heads_first(model, split, views[0], turns, head_size)
+    result: list[NodeProto] = []
+    for node in graph.node:
+        result += instead.get(node.output[0], [] if node.output[0] in gone else [node])
+    replace_nodes(model, result)
+
+
+def _heads_first(
+    model: ModelProto, split: NodeProto, view: NodeProto, turns: list[NodeProto], head_size: int
+) -> list[NodeProto]:
+    """The nodes in the place of `split`."""
+    columns = next(numpy_helper.to_array(t) for t in model.graph.initializer if t.name == split.input[1])
+    name = split.name
+    model.graph.initializer.append(numpy_helper.from_array(columns // head_size, f"{name}_heads"))
+    by_head, turned = f"{name}_by_head", f"{name}_turned"
+    first = helper.make_node("Reshape", [split.input[0], view.input[1]], [by_head], name=f"{name}_view")
+    first.attribute.extend(view.attribute)
+    second = helper.make_node("Transpose", [by_head], [turned], name=f"{name}_transpose")
+    second.attribute.extend(turns[0].attribute)
+    outputs = [turn.output[0] for turn in turns]
+    return [
+        first,
+        second,
+        helper.make_node("Split", [turned, f"{name}_heads"], outputs, name=f"{name}_by_heads", axis=1),
+    ]
 
 
 def replace_nodes(model: ModelProto, nodes: list[NodeProto]) -> None:

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 import numpy as np
 from onnx import FunctionProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from mosear.config import ModelConfig, Route
+from mosear.config import ModelConfig, Route, Target
 from mosear.contract import MODALITY_WEIGHT, Tensors, heads
 from mosear_export import plain
 from mosear_export.fuse import replace_nodes
 from mosear_export.ops import ATTENTION, ATTENTION_INPUTS, DOMAIN, EXPERTS
 
-# Linears that share x: `down` is [A's | gates] of all, each up_<i> a B with scale and modality weight in it.
+# Linears that share x, their products side by side in `base`: `down` is [A's | gates] of all, `up` their B's with scale and
+# modality weight in them, each beside its linear's columns.
 _JOINT = """
     axis2 = Constant <value = int64[1] {{2}}> ()
     last = Constant <value = int64[1] {{-1}}> ()
@@ -44,15 +45,18 @@ _JOINT = """
     u = Reshape(u_flat, split_u)
     mixed = Mul(coefficient, u)
     mixed_flat = Reshape(mixed, flat_mixed)
-{outputs}
+    delta = MatMul(mixed_flat, up)
+    y = Add(base, delta)
 """
+JOINT_INPUTS, JOINT_OUTPUTS = ("x", "group", "down", "base", "up"), ("y", "s")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Joint:
-    """The ModalityExperts nodes of one layer whose linears share their input."""
+    """The ModalityExperts nodes of one layer whose linears share their input, and where these linears' products come from."""
 
     nodes: tuple[NodeProto, ...]
+    split: NodeProto | None  # of the joined products, whose outputs are the bases; None where there is one alone
 
     @property
     def prefixes(self) -> tuple[str, ...]:
@@ -60,15 +64,17 @@ class Joint:
         return tuple(node.input[4].removesuffix(".a") for node in self.nodes)
 
     @property
-    def down(self) -> str:
+    def name(self) -> str:
         layer, targets = self.prefixes[0].rsplit(".", 1)[0], (prefix.rsplit(".", 1)[1] for prefix in self.prefixes)
-        return f"{layer}.{'_'.join(targets)}.down"
+        return f"{layer}.{'_'.join(targets)}"
 
     @property
-    def ups(self) -> tuple[str, ...]:
-        return tuple(f"{prefix}.up" for prefix in self.prefixes)
+    def base(self) -> str:
+        return str(self.split.input[0] if self.split else self.nodes[0].input[0])
 
 
+# Linears whose products are joined where they share an input, in the order of their columns.
+SIBLINGS = ((Target.Q_PROJ, Target.K_PROJ, Target.V_PROJ), (Target.GATE_PROJ, Target.UP_PROJ))
 # Columns of contract.AR_PARAMS that a policy takes together.
 PARAMS = {
     "tau": slice(0, 2),
@@ -123,65 +129,77 @@ def _joints(model: ModelProto) -> Iterator[Joint]:
     for node in model.graph.node:
         if (node.domain, node.op_type) == (DOMAIN, EXPERTS):
             by_input[node.input[1]].append(node)
-    return (Joint(nodes=tuple(nodes)) for nodes in by_input.values())
+    splits = {output: node for node in model.graph.node if node.op_type == "Split" for output in node.output}
+    return (Joint(nodes=tuple(nodes), split=splits.get(nodes[0].input[0])) for nodes in by_input.values())
 
 
 def _packed(joint: Joint, config: ModelConfig, values: Tensors) -> Tensors:
-    """down [d, T * A * R + T * G * E] and, of each linear, up [G * E * R, d_out]."""
-    a, gates, b = ([np.asarray(values[f"{p}.{kind}"]) for p in joint.prefixes] for kind in ("a", "gate", "b"))
+    """down [d, T * A * R + T * G * E] and up [T * G * E * R, columns of the base]."""
+    a, gates, b = (
+        [np.asarray(values[f"{p}.{kind}"], np.float32) for p in joint.prefixes] for kind in ("a", "gate", "b")
+    )
     weight = np.repeat(np.asarray(values[MODALITY_WEIGHT]), config.mose.experts * config.mose.rank)  # [G * E * R]
     factor = np.float32(config.mose.scale) * weight.astype(np.float32)[:, None]
-    ups = [value.astype(np.float32) * factor for value in b]
-    return {joint.down: np.ascontiguousarray(np.concatenate([*a, *gates]).T), **dict(zip(joint.ups, ups, strict=True))}
+    width = config.backbone.linear_size
+    targets = [Target(prefix.rsplit(".", 1)[1]) for prefix in joint.prefixes]
+    siblings = next((group for group in SIBLINGS if joint.split and targets[0] in group), tuple(targets))
+    rows = [
+        np.concatenate(
+            [value * factor if other is target else np.zeros((len(value), width(other)[1])) for other in siblings],
+            axis=1,
+        )
+        for target, value in zip(targets, b, strict=True)
+    ]
+    down = np.ascontiguousarray(np.concatenate([*a, *gates]).T)
+    return {f"{joint.name}.down": down, f"{joint.name}.up": np.concatenate(rows).astype(np.float32)}
 
 
 def _join_experts(model: ModelProto, config: ModelConfig, joints: list[Joint]) -> None:
-    """One node for each joint, where its first linear was adapted; gates are folded to a row's own group once for all.
-
-    The linears themselves must have been merged: all of a joint's bases are known where the first one is.
-    """
-    first = {joint.nodes[0].output[0]: joint for joint in joints}
-    gone = {node.output[0] for joint in joints for node in joint.nodes}
-    collected = {joint.nodes[0].output[1]: f"{joint.down}_gates" for joint in joints}
+    """One node for each joint, behind its linears' product; gates are folded to a row's own group once for all."""
+    behind = {joint.base: joint for joint in joints}
+    collected = {joint.nodes[0].output[1]: f"{joint.name}.gates" for joint in joints}
     folded = {node.output[1] for joint in joints for node in joint.nodes[1:]}
     result: list[NodeProto] = []
     for node in model.graph.node:
-        if joint := first.get(node.output[0]):
-            outputs = [*(n.output[0] for n in joint.nodes), f"{joint.down}_gates"]
-            bases = [n.input[0] for n in joint.nodes]
-            inputs = [*node.input[1:3], joint.down, *bases, *joint.ups]
-            result.append(helper.make_node(joint_name(len(joint.nodes)), inputs, outputs, domain=DOMAIN))
-        elif node.op_type == "Concat" and node.input[0] in collected:
+        if node.op_type == "Concat" and node.input[0] in collected:
             names = [collected.get(name, name) for name in node.input if name not in folded]
             every = f"{node.output[0]}_of_all_groups"
             result.append(helper.make_node("Concat", names, [every], axis=2))
             result.append(helper.make_node("MatMul", [every, "own_group"], list(node.output)))
-        elif node.output[0] not in gone:
+        elif node.op_type != EXPERTS:
             result.append(node)
+        if joint := next((behind[output] for output in node.output if output in behind), None):
+            result.append(_joint_node(joint))
     model.graph.initializer.append(numpy_helper.from_array(plain.fold(config), "own_group"))
-    model.functions.extend(joint_experts(config, size) for size in sorted({len(j.nodes) for j in joints}))
+    model.functions.extend(_joint_function(config, size) for size in sorted({len(j.nodes) for j in joints}))
     replace_nodes(model, result)
 
 
-def joint_name(linears: int) -> str:
+def _joint_node(joint: Joint) -> NodeProto:
+    """The node of a joint; its sum takes the base's place for the split, or the place of the only linear's sum."""
+    given, y = {node.input[0]: node.output[0] for node in joint.nodes}, f"{joint.name}.y"
+    inputs = [*joint.nodes[0].input[1:3], f"{joint.name}.down", joint.base, f"{joint.name}.up"]
+    if joint.split is None:
+        y = joint.nodes[0].output[0]
+    else:
+        joint.split.input[0] = y
+        joint.split.output[:] = [given.get(output, output) for output in joint.split.output]
+    return helper.make_node(_joint_name(len(joint.nodes)), inputs, [y, f"{joint.name}.gates"], domain=DOMAIN)
+
+
+def _joint_name(linears: int) -> str:
     return f"Joint{EXPERTS}{linears}"
 
 
-def joint_experts(config: ModelConfig, linears: int) -> FunctionProto:
-    """Experts of several linears with one input (route = token): (x, group, down, bases, ups) to (ys, gates).
+def _joint_function(config: ModelConfig, linears: int) -> FunctionProto:
+    """Experts of some linears with one input (route = token).
 
-    gates [B, S, linears, G * E]: 0 for other groups than the row's own.
+    The output s [B, S, linears, G * E] has the gates, 0 for other groups than the row's own.
     """
     mose, size = config.mose, len(config.groups)
     sets, experts = 1 if mose.share_a else size, size * mose.experts
-    numbers = range(linears)
-    parts = [f"mixed_{i}" for i in numbers]
-    outputs = [f"    {', '.join(parts)} = Split <axis = -1, num_outputs = {linears}> (mixed_flat)"]
-    outputs += [f"    delta_{i} = MatMul(mixed_{i}, up_{i})\n    y_{i} = Add(base_{i}, delta_{i})" for i in numbers]
     body = _JOINT.format(
         T=linears, TA=linears * sets, each=experts // sets, R=mose.rank, GE=experts, TAR=linears * sets * mose.rank,
         TGE=linears * experts, TGER=linears * experts * mose.rank, owner=plain.owners(config), select=plain.select(config),
-        outputs="\n".join(outputs),
     )  # fmt: skip
-    inputs = ("x", "group", "down", *(f"base_{i}" for i in numbers), *(f"up_{i}" for i in numbers))
-    return plain.function(joint_name(linears), inputs, (*(f"y_{i}" for i in numbers), "s"), (), body)
+    return plain.function(_joint_name(linears), JOINT_INPUTS, JOINT_OUTPUTS, (), body)
