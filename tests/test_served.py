@@ -270,10 +270,13 @@ def test_http_is_enough(server: Server, client: Client, engine: Engine) -> None:
     assert json.loads(next(event["report_json"] for event in events if "report_json" in event))["text"] == wanted.text
     whole = json.loads(generate(server, "mosear_unary/generate", fields))
     assert whole["text_output"] == wanted.text and json.loads(whole["report_json"])["tokens"] == wanted.tokens
-    assert "RequestError: task is 'guess'" in generate(server, "mosear/generate_stream", {"task": "guess"})
-    with pytest.raises(urllib.error.HTTPError) as refused:
-        generate(server, "mosear_unary/generate", {"task": "guess"})
-    assert "RequestError: task is 'guess'" in refused.value.read().decode()
+    for path in ("mosear/generate_stream", "mosear_unary/generate"):
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            generate(server, path, {"task": "guess"})
+        assert refused.value.code == 400 and "RequestError: task is 'guess'" in refused.value.read().decode()
+    late = fields | {"max_tokens": LIMITS.new_tokens, "min_tokens": LIMITS.new_tokens, "deadline_ms": 300}
+    first, *_, last = generate(server, "mosear/generate_stream", late).strip().splitlines()
+    assert "stage" in first and '"error"' in last and "DeadlineError: " in last
 
 
 # ---- What clients do wrong

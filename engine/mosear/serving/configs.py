@@ -25,7 +25,7 @@ PARAMETERS = {
     "engine": "folder of the engine's files, relative to the version directory",
     "slots": "sequences in the decoder's cache at once; a conflict report takes three",
     "queue": "requests that may wait for slots; one more is refused as busy",
-    "prefill_rows": "prompt rows that are read between two decode steps",
+    "prefill_rows": "prompt rows that are read at most between two decode steps",
     "threads": "of the decoder; 0: as many as its process may use",
     "workers": "requests answered at once; as many again may wait, one more is refused as busy",
     "clip_bytes": "largest video_bytes and largest audio_bytes",

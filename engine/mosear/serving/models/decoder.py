@@ -67,8 +67,9 @@ class TritonPythonModel:
             self.show_load()
 
     def show_load(self) -> None:
-        now = self.scheduler.load
-        self.metrics.load(slots_in_use=now.rows_used, queue_length=now.queued)
+        with self.lock:  # what is read first is also told first
+            now = self.scheduler.load
+            self.metrics.load(slots_in_use=now.rows_used, queue_length=now.queued)
 
     def forget(self, session: str) -> None:
         with self.lock:
