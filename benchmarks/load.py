@@ -13,7 +13,7 @@ from mosear.errors import BusyError, MosearError
 from mosear.runtime.pipeline import Event, Words
 from mosear.runtime.request import Answer
 
-RETRY_S = 0.1  # from a refusal as busy to the next try
+RETRY_S = 0.5  # from a refusal as busy to the next try
 Ask = Callable[[], Iterable[Event]]
 
 
@@ -39,35 +39,51 @@ class Timed:
     def total_ms(self) -> float:
         return (self.end_s - self.start_s) * 1e3
 
-    def share_inside(self, start_s: float, end_s: float) -> float:
-        """What part of this request's time lies in the window."""
-        inside = min(self.end_s, end_s) - max(self.start_s, start_s)
-        return max(0.0, inside) / (self.end_s - self.start_s)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Load:
-    """What came of a loop. failed: by kind, every refused try counted. The rates hold for the window start_s to end_s."""
+    """What came of a loop. failed: by kind, every refused try counted.
+
+    Rates hold for a window, so that neither the rise nor the end of the load counts: from the answer number `rise` (0: the
+    begin; at most half of them) to the last one before `full_s`, when there was nothing left to begin.
+    """
 
     answered: Sequence[Timed]
     failed: Counter[str]
-    start_s: float
-    end_s: float
+    begun_s: float
+    full_s: float
+    rise: int
     late_ms: float = 0.0  # open loop: the most that a request was sent behind the clock
 
     @property
+    def steady(self) -> list[Timed]:
+        """Those answered while the load was whole (all, if none was), as they ended."""
+        done = sorted(self.answered, key=lambda timed: timed.end_s)
+        return [timed for timed in done if timed.end_s <= self.full_s] or done
+
+    @property
     def seconds(self) -> float:
-        return self.end_s - self.start_s
+        return self.steady[-1].end_s - self._start_s
 
     @property
     def requests_s(self) -> float:
-        """A request that began before the window's end and ended after it counts by its share inside."""
-        return sum(timed.share_inside(self.start_s, self.end_s) for timed in self.answered) / self.seconds
+        return len(self._counted) / self.seconds
 
     @property
     def tokens_s(self) -> float:
-        parts = (timed.share_inside(self.start_s, self.end_s) * timed.answer.tokens for timed in self.answered)
-        return sum(parts) / self.seconds
+        return sum(timed.answer.tokens for timed in self._counted) / self.seconds
+
+    @property
+    def _rise(self) -> int:
+        return min(self.rise, len(self.steady) // 2)
+
+    @property
+    def _start_s(self) -> float:
+        return self.steady[self._rise - 1].end_s if self._rise else self.begun_s
+
+    @property
+    def _counted(self) -> list[Timed]:
+        return self.steady[self._rise :]
 
     @property
     def tries(self) -> int:
@@ -80,20 +96,23 @@ class Load:
 
 def time_events(events: Iterable[Event], start_s: float | None = None) -> Timed:
     """Hear a request to its end. start_s: when it should have begun (None: now); raises what the stream raises."""
-    start_s, words = time.perf_counter() if start_s is None else start_s, []
+    start_s, words, found = time.perf_counter() if start_s is None else start_s, [], None
     for event in events:
+        now = time.perf_counter()
         if isinstance(event, Words):
-            words.append(time.perf_counter())
+            words.append(now)
         elif isinstance(event, Answer):
-            return Timed(start_s=start_s, words_s=tuple(words), end_s=time.perf_counter(), answer=event)
-    raise AssertionError("a stream ends with its answer")
+            # The stream is heard to its very end: leaving it here would cancel a call that is over but for its status.
+            found = Timed(start_s=start_s, words_s=tuple(words), end_s=now, answer=event)
+    assert found is not None, "a stream ends with its answer"
+    return found
 
 
 def closed_loop(asks: Sequence[Ask], *, requests: int, limit_s: float) -> Load:
     """Each asker in a thread, until so many requests are answered or given up, or `limit_s` is over.
 
-    One refused as busy is tried again after RETRY_S; any other failure gives its request up. The window ends when the
-    first asker has nothing left to begin: until then all of them were at work.
+    One refused as busy is tried again after RETRY_S; any other failure gives its request up. The load is whole until the
+    first asker has nothing left to begin, and has risen when as many answers came as there are askers.
     """
     left, lock = [requests], threading.Lock()
     answered: list[Timed] = []
@@ -120,8 +139,8 @@ def closed_loop(asks: Sequence[Ask], *, requests: int, limit_s: float) -> Load:
         return time.perf_counter()
 
     with ThreadPoolExecutor(len(asks)) as pool:
-        end_s = min(pool.map(work, asks))
-    return Load(answered=answered, failed=failed, start_s=start_s, end_s=end_s)
+        full_s = min(pool.map(work, asks))
+    return Load(answered=answered, failed=failed, begun_s=start_s, full_s=full_s, rise=len(asks))
 
 
 def arrivals(rate_hz: float, *, count: int, limit_s: float, seed: int) -> list[float]:
@@ -133,7 +152,7 @@ def arrivals(rate_hz: float, *, count: int, limit_s: float, seed: int) -> list[f
 def open_loop(ask: Ask, times: Sequence[float]) -> Load:
     """A request at each of these seconds, whatever became of those before; none is tried again.
 
-    A request's time begins when it should have been sent. The window ends with the last answer.
+    A request's time begins when it should have been sent. The window is from the begin to the last answer.
     """
     failed: Counter[str] = Counter()
     start_s, late_s = time.perf_counter(), 0.0
@@ -153,6 +172,7 @@ def open_loop(ask: Ask, times: Sequence[float]) -> Load:
         outcomes = [future.result() for future in futures]
     failed.update(kind for kind in outcomes if isinstance(kind, str))
     answered = [timed for timed in outcomes if isinstance(timed, Timed)]
+    full_s = time.perf_counter()
     return Load(
-        answered=answered, failed=failed, start_s=start_s, end_s=time.perf_counter(), late_ms=late_s * 1e3
+        answered=answered, failed=failed, begun_s=start_s, full_s=full_s, rise=0, late_ms=late_s * 1e3
     )  # fmt: skip

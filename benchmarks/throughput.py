@@ -23,9 +23,10 @@ from mosear.runtime.prompt import Task
 from mosear.serving.client import Client
 
 NOTES = (
-    "closed loop: so many askers, one request under way each; one refused as busy is asked again after 0.1 s. The window of "
-    "requests/s and tokens/s ends when the first asker has nothing left to ask; a request that goes on counts by its share.",
-    "open loop: Poisson arrivals, nothing is asked again; a request's time begins when it should have been sent.",
+    "closed loop: so many askers, one request under way each; one refused as busy is asked again after 0.5 s. Percentiles are of "
+    "answers that came while no asker was out of work; rates leave out the first answers too, as many as there are askers.",
+    "open loop: Poisson arrivals, nothing is asked again; a request's time begins when it should have been sent. "
+    "Rates: from the begin to the last answer.",
     "first token: from the call (or arrival) to the first event of words, clip and encoders included. inter-token: between "
     "two events of words, which is a token each unless a character takes several.",
     "busy share: tries refused as busy, of all tries. other text: answers that differ from the one asked alone.",

@@ -45,8 +45,12 @@ class Percentiles:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Level:
-    """What one load came to. speedup: requests/s over those of concurrency 1. server_tokens: what the server says it wrote
-    (a label is no written token). server_pss_bytes: of all its processes after the level, 0 where they cannot be seen."""
+    """What one load came to.
+
+    seconds: of the window that the rates hold for. speedup: requests/s over those of concurrency 1. server_tokens: what the
+    server says it wrote (a label is no written token). server_pss_bytes: of all its processes after the level, 0 where they
+    cannot be seen.
+    """
 
     task: Task
     loop: Loop
@@ -101,12 +105,13 @@ def summarise(
     server_counted: Mapping[str, float], server_pss_bytes: int,
 ) -> Level:  # fmt: skip
     """`text`: of the answer asked alone. `alone`: requests/s of concurrency 1 (None: not held against it)."""
-    gaps = Percentiles.of([gap for timed in load.answered for gap in timed.gaps_ms])
+    steady = load.steady
+    gaps = Percentiles.of([gap for timed in steady for gap in timed.gaps_ms])
     return Level(
         task=task, loop=loop, offered=offered, answered=len(load.answered), seconds=load.seconds,
         requests_s=load.requests_s, speedup=load.requests_s / alone if alone else None, tokens_s=load.tokens_s,
-        total_ms=Percentiles.of([timed.total_ms for timed in load.answered]),
-        first_token_ms=Percentiles.of([timed.first_token_ms for timed in load.answered if timed.words_s]),
+        total_ms=Percentiles.of([timed.total_ms for timed in steady]),
+        first_token_ms=Percentiles.of([timed.first_token_ms for timed in steady if timed.words_s]),
         inter_token_ms=gaps, inter_token_p99_over_p50=gaps.p99 / gaps.p50 if gaps else None,
         busy_share=load.busy_share, failed=dict(load.failed),
         other_text=sum(timed.answer.text != text for timed in load.answered), late_ms=load.late_ms,

@@ -256,5 +256,7 @@ def _decoding(config: ModelConfig) -> tuple[tuple[TensorSpec, ...], tuple[Tensor
         TensorSpec("expert_weights", DType.F32, (groups, config.mose.experts)),
         TensorSpec("token", DType.I32, (1,)),
         TensorSpec("label_scores", DType.F32, ("ROWS", labels)),
+        # KIND: message. A tensor, as the server loses an error response amid a stream from one model to another.
+        TensorSpec("error", DType.STRING, (1,)),
     )
     return inputs, outputs

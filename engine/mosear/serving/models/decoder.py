@@ -41,7 +41,7 @@ class TritonPythonModel:
             try:
                 self._take(wire.Inputs(request), sender)
             except Exception as error:
-                wire.finish(sender, wire.failure(error))
+                fail(sender, error)
 
     def _take(self, given: wire.Inputs, sender: Triton) -> None:
         session = given.text("session", "")
@@ -129,7 +129,16 @@ class Listener:
         """The job is over: complete, or with an error."""
         self.model.forget(self.session)
         self.model.show_load()
-        wire.finish(self.sender, None if error is None or isinstance(error, CancelledError) else wire.failure(error))
+        if error is None or isinstance(error, CancelledError):
+            wire.finish(self.sender)
+        else:
+            fail(self.sender, error)
+
+
+def fail(sender: Triton, error: Exception) -> None:
+    """End a stream with an error as a tensor: a calling model would not hear of an error response, nor of its end."""
+    sender.send(wire.response({"error": wire.texts(wire.fault_of(error))}))
+    wire.finish(sender)
 
 
 def said_tensors(event: Said) -> Tensors:

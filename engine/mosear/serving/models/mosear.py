@@ -61,17 +61,21 @@ class ServedDecoder:
         self.lock = threading.Lock()
 
     def decode(self, work: Work) -> Generator[Said]:
-        session, done = uuid.uuid4().hex, False
+        session, done, failed = uuid.uuid4().hex, False, None
         answers = self._call(_work_tensors(work, session))
         try:
             for answer in answers:
-                if answer.has_error():
+                if answer.has_error():  # the server's own: there is nobody to tell
                     done = True
                     raise decode_fault(answer.error().message())
                 tensors = {tensor.name(): tensor.as_numpy() for tensor in answer.output_tensors()}
-                if tensors:
+                if "error" in tensors:
+                    failed = decode_fault(bytes(tensors["error"].item()).decode())
+                elif tensors:
                     yield _said(tensors)
             done = True
+            if failed is not None:
+                raise failed
         finally:
             if not done:  # whoever listened has gone
                 for _ in self._call({"session": wire.texts(session), "cancel": np.array([True])}):
@@ -81,7 +85,7 @@ class ServedDecoder:
 
     def _call(self, tensors: Tensors) -> Any:  # Any: an iterator of responses
         inputs = [pb_utils.Tensor(name, value) for name, value in tensors.items()]
-        names = ["modality_mass", "expert_weights", "token", "label_scores"]
+        names = ["modality_mass", "expert_weights", "token", "label_scores", "error"]
         request = pb_utils.InferenceRequest(model_name=DECODER, requested_output_names=names, inputs=inputs)
         with self.lock:
             return request.exec(decoupled=True)

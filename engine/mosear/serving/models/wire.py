@@ -111,11 +111,16 @@ def response(tensors: Mapping[str, Any]) -> Triton:  # Any: arrays of several ty
     return pb_utils.InferenceResponse([pb_utils.Tensor(name, np.asarray(value)) for name, value in tensors.items()])
 
 
-def failure(error: Exception) -> Triton:
-    """An error response: our own errors by kind, anything else as an engine failure that the log explains."""
+def fault_of(error: Exception) -> str:
+    """Our own errors by kind, anything else as an engine failure that the log explains."""
     if not isinstance(error, MosearError):
         pb_utils.Logger.log_error(f"{type(error).__name__}: {error}")
-    return pb_utils.InferenceResponse(error=pb_utils.TritonError(encode_fault(error)))
+    return encode_fault(error)
+
+
+def failure(error: Exception) -> Triton:
+    """An error response."""
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(fault_of(error)))
 
 
 def finish(sender: Triton, last: Triton | None = None) -> None:
