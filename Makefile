@@ -21,10 +21,13 @@ check: | $(BIN)/python
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict engine/mosear export/mosear_export benchmarks
 
+# The parts first, so that two workers do not fetch them at once. Files go to workers whole: their fixtures are dear.
 test: | $(BIN)/python
-	$(BIN)/python -m pytest -m "not full"
+	$(BIN)/mosear fetch-demo
+	$(BIN)/python -m pytest -m "not full" -n 2 --dist loadfile
 
 test-full: | $(BIN)/python
+	$(BIN)/mosear fetch-demo
 	$(BIN)/python -m pytest
 
 # Fetch the demo parts, build the engine, assemble the repository, serve it, ask about a clip over gRPC, stop.
