@@ -50,7 +50,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--concurrency", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32], metavar="N")
     parser.add_argument("--requests", type=int, default=4, help="for each asker, and 8 at least (default: %(default)s)")
     parser.add_argument(
-        "--limit-s", type=float, default=90, help="no request begins later in a level (default: %(default)s)"
+        "--limit-s", type=float, default=120, help="no request begins later in a level (default: %(default)s)"
     )
     parser.add_argument(
         "--loads", nargs="*", type=float, default=[0.5, 0.8, 1.2], metavar="X",

@@ -136,12 +136,13 @@ class Client:
 
     def _stream(self, message: Message, request: Request) -> Iterator[Event]:
         call = self._server.ModelStreamInfer(iter([message]), timeout=self._timeout_s(request))
-        answered = False
+        answered, failed = False, None
         try:
             for response in call:
+                # Not raised before the stream has ended: a request withdrawn as it ends can keep the server from stopping.
                 if response.error_message:
-                    raise decode_fault(response.error_message)
-                if tensors := response_tensors(response.infer_response):
+                    failed = failed or decode_fault(response.error_message)
+                elif tensors := response_tensors(response.infer_response):
                     event = event_of(tensors)
                     answered = isinstance(event, Answer)
                     yield event
@@ -149,6 +150,8 @@ class Client:
             raise self._fault(error, request.deadline_ms) from None
         finally:
             call.cancel()
+        if failed is not None:
+            raise failed
         if not answered:
             raise ServingError(f"{self.url}: the server ended the stream without an answer: see the server's log")
 

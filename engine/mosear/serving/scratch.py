@@ -34,10 +34,15 @@ class Scratch:
         return f"{self.folder.name}-"
 
     def note(self) -> None:
-        """Remember what Triton made since: called once it has started, as servers that start later make theirs."""
-        (self.folder / FORGOTTEN).write_text("\n".join(sorted(_environments() - self._before)))
+        """Remember the folder that Triton made since, once it is there: called often, as other servers make theirs."""
+        noted = self.folder / FORGOTTEN
+        if not noted.exists() and (made := sorted(_environments() - self._before)):
+            noted.write_text(made[0])
 
-    def close(self) -> None:
+    def close(self, *, clean: bool = False) -> None:
+        """Remove every trace. `clean`: the server ended by itself, and has removed its own."""
+        if clean:
+            (self.folder / FORGOTTEN).unlink(missing_ok=True)
         _remove(self.folder)
         self._lock.close()
 

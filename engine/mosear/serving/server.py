@@ -104,6 +104,7 @@ class Server:
     def _wait(self, stopping: threading.Event) -> None:
         end = time.monotonic() + self.options.ready_s
         while not self._ready():
+            self._scratch.note()
             if stopping.wait(POLL_S):
                 raise ServingError("stopped before the server was ready")
             if not self.alive():
@@ -152,7 +153,7 @@ class Server:
     def close(self) -> bool:
         """Stop within drain_s + stop_s + KILL_S; whether the server ended by itself. After a model's death, at once."""
         clean = self._stop() if self.alive() and not self.lost() else False
-        self._end()
+        self._end(clean=clean)
         return clean
 
     def _stop(self) -> bool:
@@ -175,13 +176,13 @@ class Server:
         lines = (self._fetch("metrics", "/metrics") or "").splitlines()
         return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(f"{RUNNING}{{"))
 
-    def _end(self) -> None:
+    def _end(self, *, clean: bool = False) -> None:
         """Kill what still runs in the server's group, and remove every trace of it but its log."""
         if self._process is not None:
             os.killpg(self._process.pid, signal.SIGKILL)  # the leader's number is ours until wait()
             self._process.wait()
             self._process = None
-        self._scratch.close()
+        self._scratch.close(clean=clean)
 
     def _reason(self) -> str:
         text = self.options.log.read_text(errors="replace")
