@@ -67,11 +67,11 @@ class Load:
 
     @property
     def requests_s(self) -> float:
-        return len(self._counted) / self.seconds
+        return len(self.counted) / self.seconds
 
     @property
     def tokens_s(self) -> float:
-        return sum(timed.answer.tokens for timed in self._counted) / self.seconds
+        return sum(timed.answer.tokens for timed in self.counted) / self.seconds
 
     @property
     def _rise(self) -> int:
@@ -82,7 +82,8 @@ class Load:
         return self.steady[self._rise - 1].end_s if self._rise else self.begun_s
 
     @property
-    def _counted(self) -> list[Timed]:
+    def counted(self) -> list[Timed]:
+        """Those that the rates rest on."""
         return self.steady[self._rise :]
 
     @property

@@ -66,8 +66,10 @@ def parse_arguments() -> argparse.Namespace:
     options = parser.parse_args()
     numbers = (options.requests, options.limit_s, options.open_requests, *options.concurrency, *options.loads,
                *(options.rates or ()))  # fmt: skip
-    if min(numbers) <= 0 or options.tokens < 2:
-        parser.error("numbers must be above 0, and --tokens 2 or more")
+    if min(numbers) <= 0 or options.tokens < 2 or options.requests < 3:
+        parser.error(
+            "numbers must be above 0, --tokens 2 or more, --requests 3 or more: the first and the last do not count"
+        )
     options.concurrency = sorted({1, *options.concurrency})  # all else is held against 1
     return options
 

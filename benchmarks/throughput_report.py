@@ -47,15 +47,16 @@ class Percentiles:
 class Level:
     """What one load came to.
 
-    seconds: of the window that the rates hold for. speedup: requests/s over those of concurrency 1. server_tokens: what the
-    server says it wrote (a label is no written token). server_pss_bytes: of all its processes after the level, 0 where they
-    cannot be seen.
+    counted, seconds: of the window that the rates hold for. speedup: requests/s over those of concurrency 1. server_tokens:
+    what the server says it wrote (a label is no written token). server_pss_bytes: of all its processes after the level, 0
+    where they cannot be seen.
     """
 
     task: Task
     loop: Loop
     offered: float
     answered: int
+    counted: int
     seconds: float
     requests_s: float
     speedup: float | None
@@ -108,7 +109,7 @@ def summarise(
     steady = load.steady
     gaps = Percentiles.of([gap for timed in steady for gap in timed.gaps_ms])
     return Level(
-        task=task, loop=loop, offered=offered, answered=len(load.answered), seconds=load.seconds,
+        task=task, loop=loop, offered=offered, answered=len(load.answered), counted=len(load.counted), seconds=load.seconds,
         requests_s=load.requests_s, speedup=load.requests_s / alone if alone else None, tokens_s=load.tokens_s,
         total_ms=Percentiles.of([timed.total_ms for timed in steady]),
         first_token_ms=Percentiles.of([timed.first_token_ms for timed in steady if timed.words_s]),

@@ -65,7 +65,9 @@ def test_rates_leave_rise_and_end_out() -> None:
     answered = [timed(0, end_s=end_s) for end_s in (9, 1, 2, 4, 3)]
     found = load.Load(answered=answered, failed=Counter(BusyError=1), begun_s=0, full_s=5, rise=2)
     assert [one.end_s for one in found.steady] == [1, 2, 3, 4]
-    assert found.seconds == 2 and found.requests_s == 1 and found.tokens_s == 4  # answers 3 and 4, four tokens each
+    assert (
+        len(found.counted) == found.seconds == 2 and found.requests_s == 1 and found.tokens_s == 4
+    )  # answers 3 and 4, four tokens each
     assert (found.tries, found.busy_share) == (6, pytest.approx(1 / 6))
 
 
@@ -158,7 +160,7 @@ def level(offered: float, *, alone: float | None) -> report.Level:
 
 def test_level_of_known_numbers() -> None:
     found = level(2, alone=0.25)
-    assert (found.answered, found.requests_s, found.speedup, found.tokens_s) == (2, 0.5, 2.0, 2.0)
+    assert (found.answered, found.counted, found.requests_s, found.speedup, found.tokens_s) == (2, 2, 0.5, 2.0, 2.0)
     assert found.inter_token_ms and found.inter_token_ms.p50 == pytest.approx(20)  # of 10, 20 and 50
     assert found.inter_token_p99_over_p50 == pytest.approx(49.4 / 20)
     assert (found.busy_share, found.failed, found.other_text) == (0.5, {"BusyError": 2}, 1)
