@@ -28,6 +28,20 @@ def stubs_of(server: int) -> dict[int, str]:
     return found
 
 
+def group_runs(group: int) -> bool:
+    """Is a process of this group there that has not ended?"""
+    for folder in Path("/proc").iterdir():
+        if not folder.name.isdigit():
+            continue
+        try:
+            state, _, found = (folder / "stat").read_text().rpartition(")")[2].split()[:3]
+        except OSError:  # it ended meanwhile
+            continue
+        if int(found) == group and state not in "ZX":
+            return True
+    return False
+
+
 def reason_in(log: str) -> str:
     """Why a server did not start or went down: what it says of models that failed, else its errors, else its last lines."""
     errors = [_plain(text) for text in _ERROR.findall(log) if not any(words in text for words in NO_REASONS)]

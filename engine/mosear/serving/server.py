@@ -16,7 +16,7 @@ from types import TracebackType
 
 from mosear.errors import ConfigError, ServingError
 from mosear.serving.installation import Installation
-from mosear.serving.observe import reason_in, stubs_of
+from mosear.serving.observe import group_runs, reason_in, stubs_of
 from mosear.serving.scratch import Scratch
 
 POLL_S = 0.1
@@ -181,6 +181,9 @@ class Server:
         if self._process is not None:
             os.killpg(self._process.pid, signal.SIGKILL)  # the leader's number is ours until wait()
             self._process.wait()
+            end = time.monotonic() + KILL_S  # its models' processes, which are not our children, take a moment
+            while group_runs(self._process.pid) and time.monotonic() < end:
+                time.sleep(POLL_S)
             self._process = None
         self._scratch.close(clean=clean)
 
