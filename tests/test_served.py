@@ -29,7 +29,16 @@ from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from mosear.contract import HOLES, Tensors
 from mosear.engine import Engine
-from mosear.errors import BusyError, CancelledError, DeadlineError, MediaError, MosearError, RequestError, ServingError
+from mosear.errors import (
+    BusyError,
+    CancelledError,
+    DeadlineError,
+    EngineError,
+    MediaError,
+    MosearError,
+    RequestError,
+    ServingError,
+)
 from mosear.runtime.encode import Stages, encode
 from mosear.runtime.pipeline import StageDone, Words
 from mosear.runtime.prompt import Task
@@ -584,9 +593,12 @@ def test_a_decoder_that_dies_is_noticed_and_no_client_hangs(fresh: Fresh) -> Non
         deadline_s, start = 2.5, time.monotonic()
         future = asking(pool, client, long(deadline_ms=round(deadline_s * 1e3)))
         os.kill(stub_of(server, "decoder"), signal.SIGKILL)
-        assert isinstance(future.exception(timeout=10), (DeadlineError, ServingError))
+        # Triton says "not healthy" of what had not reached the decoder and nothing of what had, or dies itself, rarely.
+        assert isinstance(future.exception(timeout=10), (DeadlineError, EngineError, ServingError))
         assert time.monotonic() - start < deadline_s + 1
-        with pytest.raises(ServingError, match="the process of decoder died"):
+        with pytest.raises((EngineError, ServingError), match=r"model decoder failed: .*not healthy|went away"):
+            client.ask(Request(words="hm", deadline_ms=round(deadline_s * 1e3)))
+        with pytest.raises(ServingError, match="the process of decoder died|the server died"):
             server.run(threading.Event())
         start = time.monotonic()
         assert not server.close()

@@ -34,13 +34,12 @@ class Scratch:
         return f"{self.folder.name}-"
 
     def note(self) -> None:
-        """Remember the folder that Triton made since, once it is there: called often, as other servers make theirs."""
-        noted = self.folder / FORGOTTEN
-        if not noted.exists() and (made := sorted(_environments() - self._before)):
-            noted.write_text(made[0])
+        """Remember what Triton made since: called once it has started, as servers that start later make theirs."""
+        (self.folder / FORGOTTEN).write_text("\n".join(sorted(_environments() - self._before)))
 
     def close(self, *, clean: bool = False) -> None:
-        """Remove every trace. `clean`: the server ended by itself, and has removed its own."""
+        """Remove every trace. `clean`: the server ended by itself and has removed its own; what was noted beside them is
+        another's, which started at the same time and would abort at its end."""
         if clean:
             (self.folder / FORGOTTEN).unlink(missing_ok=True)
         _remove(self.folder)

@@ -104,7 +104,6 @@ class Server:
     def _wait(self, stopping: threading.Event) -> None:
         end = time.monotonic() + self.options.ready_s
         while not self._ready():
-            self._scratch.note()
             if stopping.wait(POLL_S):
                 raise ServingError("stopped before the server was ready")
             if not self.alive():

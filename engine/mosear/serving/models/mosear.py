@@ -67,7 +67,7 @@ class ServedDecoder:
             for answer in answers:
                 if answer.has_error():  # the server's own: there is nobody to tell
                     done = True
-                    raise decode_fault(answer.error().message())
+                    raise EngineError(f"model {DECODER} failed: {answer.error().message()}")
                 tensors = {tensor.name(): tensor.as_numpy() for tensor in answer.output_tensors()}
                 if "error" in tensors:
                     failed = decode_fault(bytes(tensors["error"].item()).decode())
