@@ -598,7 +598,7 @@ def test_a_decoder_that_dies_is_noticed_and_no_client_hangs(fresh: Fresh) -> Non
         assert time.monotonic() - start < deadline_s + 1
         with pytest.raises((EngineError, ServingError), match=r"model decoder failed: .*not healthy|went away"):
             client.ask(Request(words="hm", deadline_ms=round(deadline_s * 1e3)))
-        with pytest.raises(ServingError, match="the process of decoder died|the server died"):
+        with pytest.raises(ServingError, match=r"the process of decoder died|the server died"):
             server.run(threading.Event())
         start = time.monotonic()
         assert not server.close()
