@@ -137,11 +137,14 @@ def decode_only(subject: Served) -> Served:
 
 
 def head_bytes(path: Path) -> int:
-    """Four bytes for each value in the file; 0 where the heads are baked into the graph (then in its data file)."""
+    """Four bytes for each value in the file that is not 0: packed heads hold zeros, which are no weights.
+
+    0 where the heads are baked into the graph (then they are in its data file).
+    """
     if not path.exists():
         return 0
     with safe_open(str(path), "np") as file:
-        return 4 * sum(int(np.prod(file.get_slice(name).get_shape())) for name in file.keys())  # noqa: SIM118
+        return 4 * sum(int(np.count_nonzero(file.get_tensor(name))) for name in file.keys())  # noqa: SIM118
 
 
 def reference_subject(checkpoint: Path, engine: Engine, clip: bytes, *, tokens: int) -> Served:

@@ -26,8 +26,8 @@ from mosear.errors import MosearError
 DEFAULT_ENGINES = (Path("build/engines/cpu-fp32"), Path("build/engines/cpu-int8"))
 NOTES = (
     "bytes per token, of weights alone (cache and activations left out): engines: size of decoder.onnx.data + 4 x values "
-    "in heads.safetensors (heads and gates run in fp32); peers: 4 x parameters. share = tokens/s * bytes per token / read "
-    "bandwidth, which is read before and after each run (best of 3 each; their mean).",
+    "other than 0 in heads.safetensors (heads and gates run in fp32); peers: 4 x parameters. share = tokens/s * bytes per "
+    "token / read bandwidth, which is read before and after each run (best of 3 each; their mean).",
     "first word: from the clip's bytes to the first token of a reason. prefill: from the assembled prompt to the first "
     "token; tokens/s counts the tokens after the first.",
     "bare: the same backbone and recipe exported without experts and with policy off; it still reports the masses.",
