@@ -44,8 +44,10 @@ class Timed:
 class Load:
     """What came of a loop. failed: by kind, every refused try counted.
 
-    Rates hold for a window, so that neither the rise nor the end of the load counts: from the answer number `rise` (0: the
-    begin; at most half of them) to the last one before `full_s`, when there was nothing left to begin.
+    Rates hold for a window, so that neither the rise nor the end of the load counts: from the end of answer number `rise`
+    (0: the begin; at most half of them) to `full_s`, when there was nothing left to begin (or the last answer, where that
+    came earlier or none came in time). A request counts with the share of its time that lies in the window: those of a
+    closed loop end in waves, and a window that counts ends takes one wave more or less.
     """
 
     answered: Sequence[Timed]
@@ -62,29 +64,34 @@ class Load:
         return [timed for timed in done if timed.end_s <= self.full_s] or done
 
     @property
+    def window_s(self) -> tuple[float, float]:
+        """Begin and end of what the rates hold for."""
+        rise = min(self.rise, len(self.steady) // 2)
+        last = max(timed.end_s for timed in self.answered)
+        in_time = self.steady[-1].end_s <= self.full_s
+        return self.steady[rise - 1].end_s if rise else self.begun_s, min(self.full_s, last) if in_time else last
+
+    @property
     def seconds(self) -> float:
-        return self.steady[-1].end_s - self._start_s
+        start_s, end_s = self.window_s
+        return end_s - start_s
+
+    @property
+    def counted(self) -> float:
+        """Requests in the window."""
+        return sum(self._share(timed) for timed in self.answered)
 
     @property
     def requests_s(self) -> float:
-        return len(self.counted) / self.seconds
+        return self.counted / self.seconds
 
     @property
     def tokens_s(self) -> float:
-        return sum(timed.answer.tokens for timed in self.counted) / self.seconds
+        return sum(self._share(timed) * timed.answer.tokens for timed in self.answered) / self.seconds
 
-    @property
-    def _rise(self) -> int:
-        return min(self.rise, len(self.steady) // 2)
-
-    @property
-    def _start_s(self) -> float:
-        return self.steady[self._rise - 1].end_s if self._rise else self.begun_s
-
-    @property
-    def counted(self) -> list[Timed]:
-        """Those that the rates rest on."""
-        return self.steady[self._rise :]
+    def _share(self, timed: Timed) -> float:
+        start_s, end_s = self.window_s
+        return max(0.0, min(timed.end_s, end_s) - max(timed.start_s, start_s)) / (timed.end_s - timed.start_s)
 
     @property
     def tries(self) -> int:

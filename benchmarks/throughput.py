@@ -24,7 +24,8 @@ from mosear.serving.client import Client
 
 NOTES = (
     "closed loop: so many askers, one request under way each; one refused as busy is asked again after 0.5 s. Percentiles are of "
-    "answers that came while no asker was out of work; rates leave out the first answers too, as many as there are askers.",
+    "answers that came while no asker was out of work; rates leave out the first answers too, as many as there are askers; a "
+    "request counts with the share of its time in the window.",
     "open loop: Poisson arrivals, nothing is asked again; a request's time begins when it should have been sent. "
     "Rates: from the begin to the last answer.",
     "first token: from the call (or arrival) to the first event of words, clip and encoders included. inter-token: between "

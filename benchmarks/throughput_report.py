@@ -56,7 +56,7 @@ class Level:
     loop: Loop
     offered: float
     answered: int
-    counted: int
+    counted: float
     seconds: float
     requests_s: float
     speedup: float | None
@@ -109,7 +109,7 @@ def summarise(
     steady = load.steady
     gaps = Percentiles.of([gap for timed in steady for gap in timed.gaps_ms])
     return Level(
-        task=task, loop=loop, offered=offered, answered=len(load.answered), counted=len(load.counted), seconds=load.seconds,
+        task=task, loop=loop, offered=offered, answered=len(load.answered), counted=load.counted, seconds=load.seconds,
         requests_s=load.requests_s, speedup=load.requests_s / alone if alone else None, tokens_s=load.tokens_s,
         total_ms=Percentiles.of([timed.total_ms for timed in steady]),
         first_token_ms=Percentiles.of([timed.first_token_ms for timed in steady if timed.words_s]),

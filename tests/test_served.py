@@ -596,7 +596,9 @@ def test_a_decoder_that_dies_is_noticed_and_no_client_hangs(fresh: Fresh) -> Non
         # Triton says "not healthy" of what had not reached the decoder and nothing of what had, or dies itself, rarely.
         assert isinstance(future.exception(timeout=10), (DeadlineError, EngineError, ServingError))
         assert time.monotonic() - start < deadline_s + 1
-        with pytest.raises((EngineError, ServingError), match=r"model decoder failed: .*not healthy|went away"):
+        # Until Triton has noticed, it hands on what comes to a process that is gone: then only the deadline ends it.
+        known = r"model decoder failed: .*not healthy|went away|did not answer within"
+        with pytest.raises((EngineError, ServingError, DeadlineError), match=known):
             client.ask(Request(words="hm", deadline_ms=round(deadline_s * 1e3)))
         with pytest.raises(ServingError, match=r"the process of decoder died|the server died"):
             server.run(threading.Event())
@@ -621,14 +623,14 @@ def test_a_server_that_dies_tells_its_clients(fresh: Fresh) -> None:
         assert not server.close()
 
 
-@pytest.mark.parametrize(("drain_s", "stop_s", "tokens"), [(10.0, 6, 900), (0.0, 1, LIMITS.new_tokens)])
+@pytest.mark.parametrize(("drain_s", "stop_s", "tokens"), [(10.0, 20, 900), (0.0, 1, LIMITS.new_tokens)])
 def test_a_server_told_to_stop_ends_in_time(fresh: Fresh, drain_s: float, stop_s: int, tokens: int) -> None:
     with fresh(drain_s=drain_s, stop_s=stop_s) as server, client_of(server) as client, ThreadPoolExecutor(6) as pool:
         futures = [asking(pool, client, long(tokens)) for _ in range(4)]
         assert server.running()
         start = time.monotonic()
         clean = server.close()
-        assert time.monotonic() - start < drain_s + stop_s + KILL_S + 1.5
+        assert time.monotonic() - start < drain_s + stop_s + KILL_S + 4
         for future in futures:
             error = future.exception(timeout=2)
             assert error is None if drain_s else error is None or isinstance(error, ServingError), error

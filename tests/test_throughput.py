@@ -65,9 +65,9 @@ def test_rates_leave_rise_and_end_out() -> None:
     answered = [timed(0, end_s=end_s) for end_s in (9, 1, 2, 4, 3)]
     found = load.Load(answered=answered, failed=Counter(BusyError=1), begun_s=0, full_s=5, rise=2)
     assert [one.end_s for one in found.steady] == [1, 2, 3, 4]
-    assert (
-        len(found.counted) == found.seconds == 2 and found.requests_s == 1 and found.tokens_s == 4
-    )  # answers 3 and 4, four tokens each
+    # from 2 s to 5 s: a third of the answer at 3 s, half of that at 4 s, a third of that at 9 s, four tokens each
+    assert found.window_s == (2, 5) and found.counted == pytest.approx(7 / 6)
+    assert found.requests_s == pytest.approx(7 / 18) and found.tokens_s == pytest.approx(28 / 18)
     assert (found.tries, found.busy_share) == (6, pytest.approx(1 / 6))
 
 
@@ -75,7 +75,16 @@ def test_rates_of_few_answers() -> None:
     one = load.Load(answered=[timed(0, end_s=4)], failed=Counter(), begun_s=0, full_s=2, rise=8)
     assert (len(one.steady), one.seconds, one.requests_s) == (1, 4, 0.25)  # none in time: all count, from the begin
     two = load.Load(answered=[timed(0, end_s=4), timed(0, end_s=6)], failed=Counter(), begun_s=0, full_s=9, rise=8)
-    assert (two.seconds, two.requests_s) == (2, 0.5)
+    assert two.window_s == (4, 6) and two.requests_s == pytest.approx(1 / 3 / 2)
+
+
+def test_rates_do_not_depend_on_waves() -> None:
+    """Four askers, each answer takes 10 s: 0.4 answers/s, whether they end together or spread out."""
+    for offsets in ((0, 0, 0, 0), (0, 1, 2, 3), (0, 2.5, 5, 7.5)):
+        starts = [wave * 10 + offset for offset in offsets for wave in range(4)]
+        answered = [timed(start_s, end_s=start_s + 10) for start_s in starts]
+        found = load.Load(answered=answered, failed=Counter(), begun_s=0, full_s=40, rise=4)
+        assert found.requests_s == pytest.approx(0.4)
 
 
 def test_closed_loop_keeps_each_asker_at_work() -> None:

@@ -1,19 +1,21 @@
 """Triton's door to `mosear.serving.onnx_backend`: a Python-based backend that serves `backend: "onnxruntime"` models."""
 
 import json
+import os
 from pathlib import Path
 
 import triton_python_backend_utils as pb_utils
 
 from mosear.errors import EngineError, RequestError
 from mosear.serving.faults import encode_fault
-from mosear.serving.onnx_backend import Ask, OnnxModel
+from mosear.serving.onnx_backend import NICENESS, Ask, OnnxModel
 
 
 class TritonPythonModel:
     def initialize(self, args):
         if args["model_instance_kind"] != "CPU":
             raise EngineError(f"{args['model_name']}: this backend runs on the CPU only: `mosear repo --target cpu`")
+        os.nice(NICENESS)
         folder = Path(args["model_repository"]) / args["model_version"]
         self.model = OnnxModel(json.loads(args["model_config"]), folder)
 

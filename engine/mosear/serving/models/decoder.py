@@ -1,8 +1,10 @@
 """The model `decoder`: owns weights, cache slots and sessions. A prompt goes in; masses, tokens or label scores come out."""
 
 import json
+import logging
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +19,17 @@ from mosear.serving.models import wire
 from mosear.serving.models.metrics import DecoderMetrics
 from mosear.serving.models.wire import Triton
 
+log = logging.getLogger(__name__)
+
 PARTS = (EMBEDDING, *(f"{field}_projector" for field in HOLES), DECODER)
 
 
 class TritonPythonModel:
-    """Takes requests in between two decode steps; the scheduler's thread sends what it says."""
+    """Takes requests in between two decode steps.
+
+    What the scheduler says is sent by a thread of its own, the outbox: a response waits for the server's process, 0.5 ms a
+    token, in which the next step can run.
+    """
 
     def initialize(self, args: dict[str, str]) -> None:
         model = json.loads(args["model_config"])
@@ -31,6 +39,7 @@ class TritonPythonModel:
         self.backend = self.folder.backend(PARTS, threads=int(settings["threads"]))
         self.scheduler = self.folder.scheduler(self.backend, slots=int(settings["slots"]), queue=int(settings["queue"]))
         self.metrics = DecoderMetrics(self.folder.config, int(settings["slots"]))
+        self.outbox = ThreadPoolExecutor(1)
         self.scheduler.start()
         self.sessions: dict[str, Ticket] = {}
         self.lock = threading.Lock()
@@ -108,31 +117,47 @@ class TritonPythonModel:
 
     def finalize(self) -> None:
         self.scheduler.close()
+        self.outbox.shutdown()
         self.backend.close()
 
 
 class Listener:
-    """Sends what the scheduler says of one job; called in the scheduler's thread."""
+    """Has the outbox send what the scheduler says of one job."""
 
     def __init__(self, model: TritonPythonModel, session: str, sender: Triton) -> None:
         self.model, self.session, self.sender = model, session, sender
         self.ticket: Ticket | None = None  # until submit() has returned
 
     def said(self, event: Said) -> None:
-        if self.sender.is_cancelled() and self.ticket is not None:
-            self.ticket.cancel()
-            return
-        self.model.count(event)
-        self.sender.send(wire.response(said_tensors(event)))
+        self.model.outbox.submit(self._send, event)
 
     def ended(self, error: MosearError | None) -> None:
         """The job is over: complete, or with an error."""
         self.model.forget(self.session)
-        self.model.show_load()
-        if error is None or isinstance(error, CancelledError):
-            wire.finish(self.sender)
-        else:
-            fail(self.sender, error)
+        self.model.outbox.submit(self._finish, error)
+
+    def _send(self, event: Said) -> None:
+        try:
+            # Where a session is named, its caller withdraws by that name; asking the server's process takes time.
+            if not self.session and self.sender.is_cancelled():
+                raise CancelledError("the request was cancelled by its sender")
+            self.model.count(event)
+            self.sender.send(wire.response(said_tensors(event)))
+        except Exception as error:
+            if not isinstance(error, CancelledError):
+                log.exception("a response could not be sent: its request is cancelled")
+            if self.ticket is not None:
+                self.ticket.cancel()
+
+    def _finish(self, error: MosearError | None) -> None:
+        try:
+            self.model.show_load()
+            if error is None or isinstance(error, CancelledError):
+                wire.finish(self.sender)
+            else:
+                fail(self.sender, error)
+        except Exception:
+            log.exception("the end of a request could not be sent")
 
 
 def fail(sender: Triton, error: Exception) -> None:

@@ -10,6 +10,7 @@ from mosear.runtime.decode import Prefilled
 
 MS_BUCKETS = [50.0, 100.0, 200.0, 300.0, 500.0, 750.0, 1000.0, 1500.0, 2000.0, 3000.0, 5000.0, 10000.0, 30000.0]
 SHARE_BUCKETS = [0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
+TOKENS_AT_ONCE = 64
 Metric = Any  # of the Python backend, which has no types
 _LOCK = threading.Lock()  # around every change: from two threads at once, these end the server with SIGSEGV
 
@@ -46,6 +47,7 @@ class DecoderMetrics:
         self.families["tokens"] = _family("tokens_total", "Tokens written", "COUNTER")
         self.plain = {name: family.Metric(labels={}) for name, family in self.families.items()}
         self.plain["slots"].set(slots)
+        self.tokens = 0  # written and not yet counted
         self.mass_family = _family(
             "modality_mass", "Attention mass of a modality, mean of layers and heads", "HISTOGRAM"
         )
@@ -65,10 +67,16 @@ class DecoderMetrics:
         with _LOCK:
             self.plain["slots_in_use"].set(slots_in_use)
             self.plain["queue_length"].set(queue_length)
+            self.plain["tokens"].increment(self.tokens)
+            self.tokens = 0
 
     def token(self) -> None:
+        """Counted with the next `load`, or once for many: a change of a metric waits for the server's process."""
         with _LOCK:
-            self.plain["tokens"].increment(1)
+            self.tokens += 1
+            if self.tokens == TOKENS_AT_ONCE:
+                self.plain["tokens"].increment(self.tokens)
+                self.tokens = 0
 
     def prefilled(self, event: Prefilled) -> None:
         mean = event.mass.mean(0)  # [2, G]
