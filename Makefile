@@ -5,10 +5,10 @@ CLIP ?= build/demo.mp4
 BIN := .venv/bin
 .DEFAULT_GOAL := help
 
-.PHONY: help setup check test test-full demo demo-local bench clean
+.PHONY: help setup check test test-full demo demo-local bench bench-served clean
 
 help:
-	@echo "make setup | check | test | test-full | demo | demo-local | bench | clean"
+	@echo "make setup | check | test | test-full | demo | demo-local | bench | bench-served | clean"
 
 setup:
 	@scripts/setup.sh $(PYTHON)
@@ -47,6 +47,13 @@ bench: | $(BIN)/python
 	$(BIN)/python export/build_engine.py
 	$(BIN)/python export/build_engine.py --recipe export/recipes/cpu-int8.toml
 	$(BIN)/python benchmarks/latency.py
+
+# Through a server, about 25 minutes. Beside `mosear serve`: python benchmarks/latency.py --url 127.0.0.1:8001
+bench-served: | $(BIN)/python
+	$(BIN)/python export/build_engine.py
+	$(BIN)/mosear repo
+	$(BIN)/python benchmarks/throughput.py --serve
+	$(BIN)/python benchmarks/perf_analyzer.py --serve
 
 # What was built; the environment and the fetched parts stay.
 clean:

@@ -49,9 +49,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--server-pid", type=int, help="whose memory is read (default: whoever listens at the port)")
     parser.add_argument("--tasks", nargs="+", type=Task, default=[Task.REASON, Task.CLASSIFY], metavar="TASK")
     parser.add_argument("--concurrency", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32], metavar="N")
-    parser.add_argument("--requests", type=int, default=4, help="for each asker, and 8 at least (default: %(default)s)")
+    parser.add_argument("--requests", type=int, default=2, help="for each asker (default: %(default)s)")
+    parser.add_argument("--least", type=int, default=50, help="requests of each closed loop (default: %(default)s)")
     parser.add_argument(
-        "--limit-s", type=float, default=120, help="no request begins later in a level (default: %(default)s)"
+        "--limit-s", type=float, default=300, help="no request begins later in a level (default: %(default)s)"
     )
     parser.add_argument(
         "--loads", nargs="*", type=float, default=[0.5, 0.8, 1.2], metavar="X",
@@ -62,14 +63,14 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--open-requests", type=int, default=40, help="for each rate (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the arrivals")
-    parser.add_argument("--tokens", type=int, default=64, help="of each reason (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=128, help="of each reason (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results") / machine.slug())
     options = parser.parse_args()
-    numbers = (options.requests, options.limit_s, options.open_requests, *options.concurrency, *options.loads,
+    numbers = (options.requests, options.least, options.limit_s, options.open_requests, *options.concurrency, *options.loads,
                *(options.rates or ()))  # fmt: skip
-    if min(numbers) <= 0 or options.tokens < 2 or options.requests < 3:
+    if min(numbers) <= 0 or options.tokens < 2 or options.least < 3:
         parser.error(
-            "numbers must be above 0, --tokens 2 or more, --requests 3 or more: the first and the last do not count"
+            "numbers must be above 0, --tokens 2 or more, --least 3 or more: the first and the last do not count"
         )
     options.concurrency = sorted({1, *options.concurrency})  # all else is held against 1
     return options
@@ -99,7 +100,8 @@ def run(options: argparse.Namespace, clip_path: Path) -> report.Result:
     return report.Result(
         machine=stamp,
         settings={
-            "tokens": options.tokens, "requests for each asker": options.requests, "limit_s": options.limit_s,
+            "tokens": options.tokens, "requests for each asker": options.requests,
+            "least": options.least, "limit_s": options.limit_s,
             "open requests": options.open_requests, "seed": options.seed, "strength": STRENGTH, "served": settings,
         },
         checks=checks, levels=levels, server_times_s=target.times_s, stopped_by_itself=target.stopped_by_itself,
@@ -133,7 +135,7 @@ class Bench:
             with ExitStack() as stack:
                 clients = [stack.enter_context(self._client()) for _ in range(concurrency)]
                 asks = [partial(client.stream, self.request) for client in clients]
-                count = max(8, self.options.requests * concurrency)
+                count = max(self.options.least, self.options.requests * concurrency)
                 before = self.target.counters()
                 load = closed_loop(asks, requests=count, limit_s=self.options.limit_s)
             alone = levels[0].requests_s if levels else load.requests_s
