@@ -29,6 +29,14 @@ TABLE = {
     "toy": Tolerance(2e-5, 5e-6),
     # The same by another library, through the 30 layers of the demo's backbone.
     "demo": Tolerance(1e-4, 2e-5),
+    # Two formulas in fp64 (measured: 4.4e-16).
+    "fp64": Tolerance(1e-13, 1e-13),
+    # A kernel against fp64: sums in fp32; probabilities and outputs rounded to the activations' type, half a step of
+    # which is 2^-11 (fp16) or 2^-8 (bf16) of a value. Measured at decode, interpreted, up to 16k keys: fp32 2.0e-6 (RMS
+    # 1.0e-6), fp16 4.4e-4 (2.8e-4), bf16 3.3e-3 (2.0e-3).
+    "kernel_fp32": Tolerance(1e-5, 4e-6),
+    "kernel_fp16": Tolerance(1e-3, 5e-4),
+    "kernel_bf16": Tolerance(8e-3, 4e-3),
 }
 # Reallocation jumps where m_a + m_v crosses sigma: parity means nothing for a row this close to it.
 JUMP_DISTANCE, MOST_LEFT_OUT = 1e-5, 0.005

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mosear.errors import MosearError
+from mosear.errors import ConfigError, MosearError
 from mosear.runtime.prompt import Task
 from mosear.runtime.request import Request
 from mosear.runtime.sampling import Sampling
@@ -44,10 +44,11 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     fetch = _command(commands, "fetch-demo", _fetch, "bring the demo's parts into the cache and make its clip")
     fetch.add_argument("--cache", type=Path, help="cache folder (default: ~/.cache/mosear)")
-    export = _command(commands, "export", _export, "export a checkpoint to ONNX")
-    export.add_argument("what", choices=["onnx"])
-    export.add_argument("--checkpoint", type=Path, help="checkpoint folder (default: the demo's, assembled)")
-    export.add_argument("--out", type=Path, default=BUILD, help="where onnx/ lies (default: %(default)s)")
+    export = _command(commands, "export", _export, "export a checkpoint to ONNX, or the kernels to binaries")
+    export.add_argument("what", choices=["onnx", "kernels"])
+    export.add_argument("--checkpoint", type=Path, help="onnx: checkpoint folder (default: the demo's, assembled)")
+    export.add_argument("--arch", help="kernels: architectures, such as 80,90 (default: all that are served)")
+    export.add_argument("--out", type=Path, default=BUILD, help="where onnx/ or kernels/ lies (default: %(default)s)")
     build = _command(commands, "build", _build, "build an engine from a recipe")
     build.add_argument("--recipe", type=Path, default=RECIPE, help="default: %(default)s")
     build.add_argument("--checkpoint", type=Path, help="checkpoint folder (default: the demo's, assembled)")
@@ -146,8 +147,17 @@ def _checkpoint(options: argparse.Namespace) -> Path:
 
 
 def _export(options: argparse.Namespace) -> None:
+    if options.what == "kernels":
+        from mosear_export.kernels import export_kernels, parse_archs
+
+        if options.checkpoint:
+            raise ConfigError("--checkpoint goes with `export onnx`: kernels do not depend on a checkpoint")
+        export_kernels(parse_archs(options.arch), options.out / "kernels", _say)
+        return
     from mosear_export.export import export_checkpoint
 
+    if options.arch is not None:
+        raise ConfigError("--arch goes with `export kernels`: an ONNX file is the same for every GPU")
     export_checkpoint(_checkpoint(options), options.out / "onnx", _say)
 
 

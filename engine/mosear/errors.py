@@ -43,3 +43,7 @@ class CancelledError(MosearError):
 
 class ServingError(MosearError):
     """A server cannot be found, started or reached, or it failed a request."""
+
+
+class KernelError(MosearError):
+    """A kernel cannot be compiled, or was given what it does not serve."""
