@@ -27,9 +27,13 @@ FULL_ROWS = 64  # a tile of as many rows gives each warp its own
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cycles:
-    """Cycles of a grid on the whole chip, by pipe: no pipe can be quicker, were all others idle."""
+    """Cycles of a grid on the whole chip, by pipe: no pipe can be quicker, were all others idle.
+
+    `work`: the busiest pipe's with all programs shared out evenly, which a batch that fills the chip comes near to.
+    """
 
     pipes: Mapping[str, float]
+    work: float
     products: float  # multiply-adds on tensor cores that the code holds, padding among them
 
     @property
@@ -71,7 +75,8 @@ def grid_cycles(case: Case, analysed: Mapping[str, Any], chip: Chip) -> Cycles:
         for name in PIPES:
             total[name] += group.count * cycles[name] / chip.multiprocessors
             longest[name] = max(longest[name], cycles[name])
-    return Cycles(pipes={name: max(total[name], longest[name]) for name in PIPES}, products=products)
+    pipes = {name: max(total[name], longest[name]) for name in PIPES}
+    return Cycles(pipes=pipes, work=max(total.values()), products=products)
 
 
 def _agree(code: float, tiles: float, case: Case) -> bool:
@@ -138,6 +143,7 @@ def _sum(chip: Chip, launches: Sequence[Case], analysed: Mapping[Any, Any]) -> d
         "kernels": [case.op.name for case in launches],
         "grids": [list(case.launch.grid) for case in launches],
         "cycles": round(sum(one.cycles for one in each)),
+        "work_cycles": round(sum(one.work for one in each)),
         "pipes": pipes,
         "bottleneck": [one.bottleneck for one in each],
         "spill_bytes": sum(analysed[chip.arch, case.op.name, case.label]["spills"] for case in launches),
@@ -169,7 +175,10 @@ def _row(
     }
     if peer:
         plain = _sum(chip, peer, analysed)
-        row["peer"] |= plain | {"cycle_ratio": round(ours["cycles"] / plain["cycles"], 4)}
+        row["peer"] |= plain | {
+            "cycle_ratio": round(ours["cycles"] / plain["cycles"], 4),
+            "work_ratio": round(ours["work_cycles"] / plain["work_cycles"], 4),
+        }
     return row
 
 

@@ -79,7 +79,7 @@ def cost(rows: Sequence[Mapping[str, Any]]) -> str:
         mine = [row for row in rows if row["op"] == op]
         header = (
             "case", "chip", "MB", "of it workspace", "x peer's bytes", "GFLOP", "roofline us (computed)", "bound by",
-            "kcycles (computed)", "busiest pipe", "x peer's cycles", "ours us", "SDPA us", "Flex us",
+            "kcycles (computed)", "busiest pipe", "x peer's cycles", "x peer's work", "ours us", "SDPA us", "Flex us",
         )  # fmt: skip
         lines = [
             (
@@ -87,6 +87,7 @@ def cost(rows: Sequence[Mapping[str, Any]]) -> str:
                 f"{row['peer']['byte_ratio']:.3f}", f"{row['operations'] / 1e9:.3f}", f"{row['roofline_us']:.2f}",
                 row["bound"], f"{row['cycles'] / 1e3:.1f}", "+".join(dict.fromkeys(row["bottleneck"])),
                 f"{row['peer']['cycle_ratio']:.3f}" if "cycle_ratio" in row["peer"] else "-",
+                f"{row['peer']['work_ratio']:.3f}" if "work_ratio" in row["peer"] else "-",
                 *(_time(row.get("times", {}).get(name)) for name in TIMES),
             )
             for row in mine

@@ -50,7 +50,9 @@ class Case:
     scalars: Mapping[str, int]
 
 
-def run(op: KernelOp, launch: Launch, tensors: Sequence[Tensor], scalars: Sequence[int], outputs: Sequence[Tensor]) -> None:
+def run(
+    op: KernelOp, launch: Launch, tensors: Sequence[Tensor], scalars: Sequence[int], outputs: Sequence[Tensor]
+) -> None:
     """Launch `op` once."""
     op.function[launch.grid](
         *tensors, *scalars, *outputs, **launch.constants, num_warps=launch.warps, num_stages=launch.stages
