@@ -5,7 +5,7 @@ CLIP ?= build/demo.mp4
 BIN := .venv/bin
 .DEFAULT_GOAL := help
 
-.PHONY: help setup check test test-full demo demo-local bench bench-served clean
+.PHONY: help setup check test test-full demo demo-local bench bench-served kernel-tables clean
 
 help:
 	@echo "make setup | check | test | test-full | demo | demo-local | bench | bench-served | clean"
@@ -47,6 +47,12 @@ bench: | $(BIN)/python
 	$(BIN)/python export/build_engine.py
 	$(BIN)/python export/build_engine.py --recipe export/recipes/cpu-int8.toml
 	$(BIN)/python benchmarks/latency.py
+
+# The committed tables of the kernels, after a change to one: resources, computed costs, mutants.
+kernel-tables: | $(BIN)/python
+	$(BIN)/python benchmarks/kernels.py --resources
+	$(BIN)/python benchmarks/kernels.py --no-time
+	$(BIN)/python tests/kernels/mutants.py
 
 # Through a server, about 25 minutes. Beside `mosear serve`: python benchmarks/latency.py --url 127.0.0.1:8001
 bench-served: | $(BIN)/python
