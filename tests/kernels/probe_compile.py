@@ -37,7 +37,7 @@ def main() -> None:
             "again": compiler.assemble(made.ptx, arch)[0] == made.cubin,
         }
     found["rows"] = rows
-    plain = [compiler.compile_case(case, arch=80, data="bf16") for case in (tiny(), tiny(rows=48))]
+    plain = [compiler.compile_case(case, arch=80, data="bf16") for case in (tiny(rows=56), tiny(rows=48))]
     found["aligned"] = ["".join("y" if p.aligned else "n" for p in made.parameters) for made in plain]
     found["aligned_differs"] = plain[0].ptx != plain[1].ptx
     found["spilling"] = dataclasses.asdict(measure(compiler.compile_case(SPILLING, arch=90, data="bf16")))

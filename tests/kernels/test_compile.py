@@ -54,7 +54,7 @@ def test_the_same_ptx_gives_the_same_binary(probe: Mapping[str, Any], arch: int)
 
 
 def test_divisibility_is_what_the_case_says(probe: Mapping[str, Any]) -> None:
-    # x, w, row_group, rows, cols, y, two hidden: 50 rows, then 48; 512 columns.
+    # x, w, row_group, rows, cols, y, two hidden: 56 rows, then 48; 512 columns.
     assert probe["aligned"] == ["yyynyynn", "yyyyyynn"]
     assert probe["aligned_differs"]
 

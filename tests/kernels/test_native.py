@@ -30,7 +30,7 @@ def configure(build: Path, *options: str, path: str | None = None) -> subprocess
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("native")
-    return export_kernels((80, 90), root, print, data=("bf16",), modules=("tiny_kernels",), paths=(str(HERE),))
+    return export_kernels((86, 90, 120), root, print, data=("bf16",), modules=("tiny_kernels",), paths=(str(HERE),))
 
 
 @needs_compiler
@@ -44,8 +44,8 @@ def test_launcher(kernels: Path, tmp_path: Path) -> None:
     )
     assert tested.returncode == 0, tested.stdout[-3000:]
     served = {int(c): int(n) for c, n in re.findall(r"capability (\d+): \d+ kernels, (\d+) served", tested.stdout)}
-    # sm_80 serves all of 8.x; no binary for 7.5, 10.0, 11.0 and 12.0 is an error that the test expects.
-    assert served == {75: 0, 80: 4, 86: 4, 87: 4, 89: 4, 90: 4, 100: 0, 110: 0, 120: 0}
+    # sm_86 serves 8.6 and above, not 8.0; sm_120 serves 12.0, not 12.1. No binary is an error that the test expects.
+    assert served == {75: 0, 80: 0, 86: 4, 87: 4, 89: 4, 90: 4, 100: 0, 110: 0, 120: 4, 121: 0}
     assert "above 48 KB tried 1" in tested.stdout
 
 

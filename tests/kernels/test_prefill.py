@@ -25,7 +25,7 @@ both = pytest.mark.parametrize("kernel", BOTH)
 # Smallest; odd lengths with an empty request; the demo's three heads to one; LLaMA-2's head size; eight groups.
 SHAPES: dict[str, dict[str, Any]] = {
     "smallest": {"lengths": [1], "heads": 1, "kv_heads": 1},
-    "odd": {"lengths": [67, 0, 45], "heads": 2, "kv_heads": 1, "rows": 37},
+    "odd": {"lengths": [67, 0, 45], "heads": 4, "kv_heads": 2, "rows": 37},
     "demo": {"lengths": [85], "heads": 3, "kv_heads": 1, "runs": PROMPT},
     "wide": {"lengths": [70, 51], "heads": 2, "kv_heads": 2, "size": 128, "runs": PROMPT},
     "many groups": {"lengths": [50], "heads": 4, "kv_heads": 1, "groups": 8, "runs": ((9, 7), (20, 1), (5, 2), (3, 4))},
@@ -248,7 +248,7 @@ def test_every_result_is_written(kernel: Kernel) -> None:
 @settings(max_examples=20, deadline=None)
 @given(
     policy=st.sampled_from(POLICIES), lengths=st.lists(st.integers(0, 60), min_size=1, max_size=2),
-    rows=st.integers(1, 40), heads=st.sampled_from([(1, 1), (3, 1), (2, 2)]), groups=st.integers(3, 5),
+    rows=st.integers(1, 40), heads=st.sampled_from([(1, 1), (3, 1), (4, 2)]), groups=st.integers(3, 5),
     runs=st.lists(st.tuples(st.integers(1, 30), st.integers(0, 2)), max_size=4), muted=st.sets(st.integers(0, 4)),
     kernel=st.sampled_from(BOTH), blocks=st.sampled_from([(32, 16), (64, 16), (32, 32)]), causal=st.booleans(),
     factor=st.sampled_from([0.0, 1.0, 5.0]), seed=st.integers(0, 2**31),

@@ -101,6 +101,8 @@ def _loops(
         after.append(following)
     loops: list[set[int]] = []
     dominators = _dominators(after)
+    # What is never reached may still jump into a loop: it is no part of it.
+    after = [following if found else [] for following, found in zip(after, dominators, strict=True)]
     for tail, following in enumerate(after):
         for head in following:
             if head in dominators[tail]:

@@ -67,7 +67,8 @@ const Variant* Kernel::Pick(int capability) const {
   for (size_t i = 0; i < variant_count_; ++i) {
     const Variant& variant = variants_[i];
     const bool exact = variant.arch == capability;
-    const bool older = variant.arch < kFirstExactArch && variant.arch / 10 == capability / 10 && variant.arch < capability;
+    const bool same_major = variant.arch / 10 == capability / 10;
+    const bool older = variant.arch < kFirstExactArch && same_major && variant.arch < capability;
     if ((exact || older) && (best == nullptr || variant.arch > best->arch)) best = &variant;
   }
   return best;

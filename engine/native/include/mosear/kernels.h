@@ -28,7 +28,7 @@ struct Grid {
   unsigned x, y, z;
 };
 
-// A binary for one architecture: 80 to 89 run on the same major and an equal or higher minor, 90 and above on that alone.
+// A binary for one architecture: 80 to 89 run on the same major and no lower minor, 90 and above on that chip alone.
 struct Variant {
   int arch;
   const unsigned char* image;
