@@ -1,10 +1,11 @@
 """The chips that kernels are compiled for: limits of a multiprocessor, and the peaks of one card of each.
 
 Limits: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability", the same as in NVIDIA's
-cuda_occupancy.h, which a test compares. Pipe rates: the same guide, "Throughput of Native Arithmetic Instructions".
+cuda_occupancy.h, which a test compares. Pipe rates: to be checked there, "Throughput of Native Arithmetic Instructions".
 Peaks: dense, 16-bit in, fp32 sums. None was read off its document for this table: `source` names where each is to be checked.
 B200's (but for its bandwidth, 7.7 or 8 TB/s) and the RTX 5090's agree with other pages; L4's tensor peak is contradictory
-there. The tensor rate of a multiprocessor is that peak divided by multiprocessors and boost clock, which gives a power of two for every chip.
+there. Pipe rates are from memory too. The tensor rate of a multiprocessor is that peak divided by multiprocessors and boost
+clock, which gives a power of two for every chip.
 """
 
 from dataclasses import dataclass
