@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from mosear.kernels.launch import Case
-from mosear.kernels.reallocated_attention.decode_launches import split_keys, usual_layout
+from mosear.kernels.reallocated_attention.decode_launches import split_keys
+from mosear.kernels.reallocated_attention.models import usual_layout
 
 ELEMENT, F32, I32 = 2, 4, 4  # bytes: 16-bit activations
 UNROLLED = 8  # expand's loop over splits says so itself

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import triton
 import triton.language as tl
 
-from mosear.kernels.launch import Case, KernelOp, Kind, Launch
+from mosear.kernels.launch import TENSOR_ROWS, Case, KernelOp, Kind, Launch
 from mosear.kernels.reallocated_attention import decode, decode_launches
 from mosear.kernels.reallocated_attention.decode import split_bounds, visible_keys
 from mosear.kernels.reallocated_attention.policy_kernel import LOG2E
@@ -138,7 +138,7 @@ def peer(case: Case) -> Case:
     ours = case.launch.constants
     if case.op is decode.SPLIT:
         same = ("SCALE", "CAUSAL", "D", "BLOCK_N", "MIN_KEYS")
-        rows = max(decode_launches.TENSOR_ROWS, int(ours["PITCH"]))
+        rows = max(TENSOR_ROWS, int(ours["PITCH"]))
         op, constants = SPLIT, {name: ours[name] for name in same} | {"ROWS": rows}
     else:
         op, constants = MERGE, {name: ours[name] for name in ("D", "BLOCK", "BLOCK_ROWS")}

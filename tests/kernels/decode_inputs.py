@@ -54,6 +54,13 @@ def make(
     }
 
 
+def shifted(tensor: Tensor) -> Tensor:
+    """The same values, 4 bytes further on."""
+    room = torch.empty(tensor.numel() + 4 // tensor.element_size(), dtype=tensor.dtype)
+    moved = room[4 // tensor.element_size() :].view(tensor.shape)
+    return moved.copy_(tensor)
+
+
 def paged(tensors: Mapping[str, Tensor], page: int, seed: int = 0) -> dict[str, Tensor]:
     """The same step with its cache in pages that lie in any order; a page that nobody names holds NaN."""
     batch, kv_heads, capacity, size = tensors["key"].shape

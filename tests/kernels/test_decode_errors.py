@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from decode_inputs import make, paged
+from decode_inputs import make, paged, shifted
 from torch import Tensor
 
 from mosear.config import Policy, Statistic
@@ -17,13 +17,6 @@ from mosear.kernels.reallocated_attention.decode_run import decode_attention
 def call(tensors: Mapping[str, Tensor], **settings: Any) -> tuple[Tensor, Tensor, Tensor]:  # Any: the launcher's
     given: dict[str, Any] = {"policy": Policy.BALANCE, "statistic": Statistic.SUM, "scale": 0.125}
     return decode_attention(**tensors, **given | settings)
-
-
-def shifted(tensor: Tensor) -> Tensor:
-    """The same values, 4 bytes further on."""
-    room = torch.empty(tensor.numel() + 4 // tensor.element_size(), dtype=tensor.dtype)
-    moved = room[4 // tensor.element_size() :].view(tensor.shape)
-    return moved.copy_(tensor)
 
 
 SHAPES: dict[str, tuple[str, Any, str]] = {

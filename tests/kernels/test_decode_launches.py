@@ -15,22 +15,19 @@ from mosear.config import Policy, Statistic
 from mosear.kernels.chips import ARCHS, chip_of
 from mosear.kernels.launch import run
 from mosear.kernels.reallocated_attention import decode_launches
+from mosear.kernels.reallocated_attention.arguments import HEAD_SIZES
 from mosear.kernels.reallocated_attention.decode import SPLIT, SPLIT_PAGED
 from mosear.kernels.reallocated_attention.decode_launches import (
-    DEMO,
-    HEAD_SIZES,
-    LLAMA,
     MAX_KEYS,
     MIN_KEYS,
     TABLE,
     Plan,
-    Shape,
     bytes_moved,
     choose_launch,
     split_keys,
-    usual_layout,
 )
 from mosear.kernels.reallocated_attention.decode_run import empty_partials
+from mosear.kernels.reallocated_attention.models import DEMO, LLAMA, Shape, usual_layout
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import kernels_plain_decode as plain

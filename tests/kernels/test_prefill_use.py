@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from decode_inputs import scale_of
+from decode_inputs import scale_of, shifted
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from prefill_inputs import make, plan_of, runs_of
@@ -15,9 +15,8 @@ from torch import Tensor
 from mosear.config import Policy, Statistic
 from mosear.errors import ConfigError, KernelError
 from mosear.kernels.chips import ARCHS
-from mosear.kernels.reallocated_attention.decode_launches import usual_layout
+from mosear.kernels.reallocated_attention.arguments import HEAD_SIZES
 from mosear.kernels.reallocated_attention.launches import (
-    HEAD_SIZES,
     MOST_MIXED,
     TABLE,
     Kernel,
@@ -26,6 +25,7 @@ from mosear.kernels.reallocated_attention.launches import (
     choose_launch,
     row_for,
 )
+from mosear.kernels.reallocated_attention.models import usual_layout
 from mosear.kernels.reallocated_attention.prefill_run import reallocated_attention_prefill
 from mosear.kernels.reallocated_attention.runs import MIXED, find_runs, mixed_share, tile_groups
 
@@ -39,13 +39,6 @@ def call(tensors: Mapping[str, Tensor], **settings: Any) -> tuple[Tensor, Tensor
 
 def small(**shape: Any) -> dict[str, Tensor]:
     return make([12, 9], rows=3, heads=2, kv_heads=1, **shape)
-
-
-def shifted(tensor: Tensor) -> Tensor:
-    """The same values, 4 bytes further on."""
-    room = torch.empty(tensor.numel() + 4 // tensor.element_size(), dtype=tensor.dtype)
-    moved = room[4 // tensor.element_size() :].view(tensor.shape)
-    return moved.copy_(tensor)
 
 
 SHAPES: dict[str, tuple[str, Any, str]] = {

@@ -7,6 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
+TENSOR_ROWS = 16  # of the smallest tensor-core tile: fewer rows or columns cost the same
+
+
+def power_of_two(number: int, least: int = 1) -> int:
+    """The smallest power of two that is not below `number` and `least`."""
+    return max(least, 1 << (number - 1).bit_length())
+
 
 class Kind(enum.StrEnum):
     """Element type of a pointer parameter; DATA is the activations' own (fp32, fp16 or bf16)."""

@@ -9,13 +9,10 @@ from torch import Tensor
 
 from mosear.config import Route, Select
 from mosear.errors import KernelError
+from mosear.kernels.arguments import DTYPES, arch_of, check_kind
 from mosear.kernels.launch import run
 from mosear.kernels.modality_experts.kernel import EXPAND, SHRINK
 from mosear.kernels.modality_experts.launches import Shape, choose_launch
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-POINTER_BYTES = 16  # what the compiled kernels copy at once
-INTERPRETED_ARCH = 90  # tensors of the CPU, in tests: launched as on this one
 
 
 def modality_experts(
@@ -77,7 +74,7 @@ def modality_experts_of(
     if not math.isfinite(scale):
         raise KernelError(f"scale is {scale}: it must be a finite number")
     plan = choose_launch(
-        shape, scale=scale, select=select, route=route, arch=_arch(x), element=x.element_size()
+        shape, scale=scale, select=select, route=route, arch=arch_of(x.device), element=x.element_size()
     )  # fmt: skip
     y, gates = torch.empty_like(base), torch.empty_like(gates_in)
     if not shape.rows:
@@ -145,27 +142,11 @@ def _check_kinds(tensors: Mapping[str, Tensor]) -> None:
     wanted = {"group": torch.int32, "gates_in": torch.float32, "weight": torch.float32}
     least = {"a": 2, "gate": 2, "b": 2, "base": 1, "x": 1, "gates_in": 1, "weight": 1}
     for name, tensor in tensors.items():
-        if tensor.dtype != wanted.get(name, x.dtype):
-            raise KernelError(f"{name} is {tensor.dtype}: it must be {wanted.get(name, x.dtype)}")
-        if tensor.device != x.device:
-            raise KernelError(f"{name} is on {tensor.device}: it must be on {x.device}, where x is")
         if tensor.ndim < least.get(name, 0):
             raise KernelError(f"{name} has {tensor.ndim} dimensions: it must have at least {least[name]}")
-        if not tensor.is_contiguous():
-            raise KernelError(f"{name} has strides {list(tensor.stride())}: it must be contiguous")
-        if tensor.data_ptr() % POINTER_BYTES:
-            raise KernelError(
-                f"{name} begins at an address that is no multiple of {POINTER_BYTES} bytes: copy it first"
-            )
+        check_kind(name, tensor, wanted.get(name, x.dtype), like=("x", x))
     if x.shape[-1] < 1:
         raise KernelError("x has width 0: it must have at least one column")
-
-
-def _arch(x: Tensor) -> int:
-    if x.device.type == "cpu":
-        return INTERPRETED_ARCH
-    major, minor = torch.cuda.get_device_capability(x.device)
-    return 10 * major + minor
 
 
 @functools.lru_cache(maxsize=64)

@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from mosear.config import MoSEConfig, Route, Select
 from mosear.errors import KernelError
 from mosear.kernels.chips import chip_of
-from mosear.kernels.launch import Case, Launch
+from mosear.kernels.launch import TENSOR_ROWS, Case, Launch, power_of_two
 from mosear.kernels.modality_experts.kernel import EXPAND, SHRINK
 
 MAX_GROUPS = 8
 MAX_COLUMNS = 512  # of A's and of the gate's rows of all targets: a tile of 16 rows then takes 64 registers a thread
 MAX_MIXED = 256  # E * R
-TENSOR_ROWS = 16  # of the smallest tensor-core tile: fewer rows and columns cost the same
 TILE = 4096  # numbers of the shrink's sums and of the expand's mixed gates in one program: 32 registers a thread
 WORKSPACE_SHARE = 16  # partial sums, written and read, are at most 1/16 of the bytes that a call must move
 ALIGNMENT = 16
@@ -110,11 +109,6 @@ class Plan:
     reason: str
 
 
-def power_of_two(number: int, least: int = TENSOR_ROWS) -> int:
-    """The smallest power of two that is not below `number` and `least`."""
-    return max(least, 1 << (number - 1).bit_length())
-
-
 def choose_launch(shape: Shape, *, scale: float, select: Select, route: Route, arch: int, element: int = 2) -> Plan:
     """Launches for a call whose activations have `element` bytes each; pure.
 
@@ -123,8 +117,8 @@ def choose_launch(shape: Shape, *, scale: float, select: Select, route: Route, a
     check_shape(shape)
     row = next(row for row in TABLE if shape.rows <= row.most_rows)
     gated = route is Route.TOKEN
-    a_columns, gate_columns = power_of_two(shape.a_rows), power_of_two(shape.gate_rows)
-    mixed = power_of_two(shape.experts * shape.rank)
+    a_columns, gate_columns = (power_of_two(n, TENSOR_ROWS) for n in (shape.a_rows, shape.gate_rows))
+    mixed = power_of_two(shape.experts * shape.rank, TENSOR_ROWS)
     shrink_m = max(TENSOR_ROWS, min(row.shrink_m, TILE // max(a_columns, gate_columns)))
     expand_m = max(TENSOR_ROWS, min(row.expand_m, TILE // mixed))
     tiles = -(-shape.rows // shrink_m)

@@ -6,14 +6,13 @@ from dataclasses import dataclass
 from mosear.config import Policy, Statistic
 from mosear.errors import KernelError
 from mosear.kernels.chips import chip_of
-from mosear.kernels.launch import Case, Launch
+from mosear.kernels.launch import TENSOR_ROWS, Case, Launch, power_of_two
+from mosear.kernels.reallocated_attention.arguments import HEAD_SIZES
 from mosear.kernels.reallocated_attention.decode import MERGE, SPLIT, SPLIT_PAGED
+from mosear.kernels.reallocated_attention.models import BATCHES, DEMO, GROUPS, LLAMA, Shape
 from mosear.kernels.reallocated_attention.policy_kernel import POLICY_CODE, STATISTIC_CODE
 
-HEAD_SIZES = (64, 128)
-MIN_GROUPS, MAX_GROUPS = 3, 8
 MAX_SHARED = 8  # query heads of one key/value head
-TENSOR_ROWS = 16  # of the smallest tensor-core tile: fewer rows cost the same
 MERGE_BLOCK, MERGE_ROWS, MERGE_WARPS = 128, 16, 4  # a merge reads all statistics of up to 42 splits of 3 groups at once
 MIN_KEYS = 128  # of a split: its fp32 partials are then at most 1/64 of its 16-bit keys and values per row and group
 MAX_KEYS = 4096  # of a split: bounds how long one program runs when a batch mixes short and long caches
@@ -60,11 +59,6 @@ class Plan:
     split: Launch
     merge: Launch
     reason: str
-
-
-def power_of_two(number: int) -> int:
-    """The smallest power of two that is not below `number`."""
-    return 1 << (number - 1).bit_length()
 
 
 def rows_of(heads: int, kv_heads: int, groups: int) -> tuple[int, int]:
@@ -125,19 +119,7 @@ def choose_launch(
     return Plan(splits=splits, split=split, merge=merge, reason=row.reason)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Shape:
-    """A model's heads; and a batch of equal caches."""
-
-    name: str
-    heads: int
-    kv_heads: int
-    head_size: int
-
-
-DEMO = Shape(name="demo", heads=9, kv_heads=3, head_size=64)
-LLAMA = Shape(name="llama2-7b", heads=32, kv_heads=32, head_size=128)
-LENGTHS, BATCHES, GROUPS, PAGE = (512, 4096, 32768), (1, 8, 64), 3, 64
+LENGTHS, PAGE = (512, 4096, 32768), 64
 
 
 def cases(arch: int) -> list[Case]:
@@ -220,8 +202,3 @@ def bytes_moved(
         statistics=2 * 8 * slots * heads + 4 * slots * (1 + heads),
         ends=len(requests) * heads * (2 * size * item_bytes + 2 * 4 * groups),
     )
-
-
-def usual_layout(keys: int) -> list[int]:
-    """Group ids of Emotion-LLaMA's prompt, text | 258 video | 1 audio | 1 video | text, filled with text to `keys`."""
-    return ([0] * 20 + [1] * 258 + [2, 1] + [0] * keys)[:keys]

@@ -6,23 +6,12 @@ import torch
 from torch import Tensor
 
 from mosear.config import Policy, Statistic
-from mosear.contract import AR_PARAMS
 from mosear.errors import KernelError
+from mosear.kernels.arguments import arch_of
 from mosear.kernels.launch import run
+from mosear.kernels.reallocated_attention.arguments import check_query, check_tensor, check_tensors, check_values
 from mosear.kernels.reallocated_attention.decode import MERGE, SPLIT, SPLIT_PAGED
-from mosear.kernels.reallocated_attention.decode_launches import (
-    HEAD_SIZES,
-    MAX_GROUPS,
-    MAX_SHARED,
-    MIN_GROUPS,
-    Plan,
-    choose_launch,
-)
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-ALIGNMENT = 16  # bytes: the kernels copy 16 at a time
-MAX_BATCH = 65535  # the third axis of a grid
-CPU_ARCH = 90  # tensors of the CPU are for an executor: it gets the launches of this architecture
+from mosear.kernels.reallocated_attention.decode_launches import MAX_SHARED, Plan, choose_launch
 
 
 def decode_attention(
@@ -60,9 +49,12 @@ def decode_attention(
     block_table that names no page reads out of bounds.
     """
     pages = block_table is not None
-    _check_shapes(
-        query, key, value, key_group, query_position, key_length, first_row, policy_params, strength, group_bias, block_table
-    )  # fmt: skip
+    tensors = {
+        "query": query, "key": key, "value": value, "key_group": key_group, "query_position": query_position,
+        "key_length": key_length, "first_row": first_row, "policy_params": policy_params, "strength": strength,
+        "group_bias": group_bias,
+    }  # fmt: skip
+    _check_shapes(tensors, block_table)
     if not math.isfinite(scale):
         raise KernelError(f"scale is {scale}: it must be finite")
     batch, heads, size = query.shape[0], query.shape[1], query.shape[-1]
@@ -104,101 +96,28 @@ def empty_partials(query: Tensor, *, splits: int, groups: int) -> tuple[Tensor, 
     return acc, top, total, query.new_empty(batch, splits, groups, dtype=torch.int32)
 
 
-def arch_of(device: torch.device) -> int:
-    """Compute capability of a device, 90 for 9.0."""
-    if device.type == "cpu":
-        return CPU_ARCH
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
-
-
 def multiprocessors_of(device: torch.device) -> int | None:
     """Multiprocessors of a device; None where the architecture's own card stands for it."""
     return None if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _check_shapes(
-    query: Tensor, key: Tensor, value: Tensor, key_group: Tensor, query_position: Tensor, key_length: Tensor,
-    first_row: Tensor, policy_params: Tensor, strength: Tensor, group_bias: Tensor, block_table: Tensor | None,
-) -> None:  # fmt: skip
+def _check_shapes(tensors: dict[str, Tensor], block_table: Tensor | None) -> None:
+    query, key, group_bias, position = (tensors[name] for name in ("query", "key", "group_bias", "query_position"))
     if query.dim() not in (3, 4) or (query.dim() == 4 and query.shape[2] != 1):
         raise KernelError(f"query is {list(query.shape)}: decode takes one row per request, [B, H, 1, D] or [B, H, D]")
-    if query.dtype not in DTYPES:
-        raise KernelError(f"query is {query.dtype}: it must be one of {', '.join(map(str, DTYPES))}")
-    if query.device.type not in ("cuda", "cpu"):
-        raise KernelError(f"query is on {query.device}: it must be on a CUDA device (or the CPU, for an executor)")
+    check_query(query, group_bias, what="decode")
     batch, heads, size = query.shape[0], query.shape[1], query.shape[-1]
-    if size not in HEAD_SIZES:
-        raise KernelError(f"query has head size {size}: decode attention serves {' and '.join(map(str, HEAD_SIZES))}")
-    if batch > MAX_BATCH:
-        raise KernelError(f"query holds {batch} requests: at most {MAX_BATCH} in one launch")
-    if group_bias.dim() != 2 or not MIN_GROUPS <= group_bias.shape[1] <= MAX_GROUPS:
-        raise KernelError(
-            f"group_bias is {list(group_bias.shape)}: it must be [B, G], G from {MIN_GROUPS} to {MAX_GROUPS}"
-        )
     if key.dim() != 4 or key.shape[1] == 0 or heads % key.shape[1] or not 1 <= heads // key.shape[1] <= MAX_SHARED:
         raise KernelError(
             f"key is {list(key.shape)}: it must be [B, K, L, D] where query's {heads} heads are 1 to {MAX_SHARED} times K"
         )
-    kv_heads = key.shape[1]
-    if block_table is None:
-        capacity, cached = key.shape[2], (batch, kv_heads, key.shape[2], size)
-    else:
+    blocks, capacity = batch, key.shape[2]
+    if block_table is not None:
         if block_table.dim() != 2 or key.shape[2] == 0:
             raise KernelError(
                 f"block_table is {list(block_table.shape)}, key {list(key.shape)}: [B, PAGES] of [N, K, PAGE, D]"
             )
-        capacity, cached = block_table.shape[1] * key.shape[2], (key.shape[0], kv_heads, key.shape[2], size)
-        _check("block_table", block_table, (batch, block_table.shape[1]), torch.int32, query.device)
-    _check("query", query, tuple(query.shape), query.dtype, query.device)
-    _check("key", key, cached, query.dtype, query.device)
-    _check("value", value, cached, query.dtype, query.device)
-    _check("key_group", key_group, (batch, capacity), torch.int32, query.device)
-    _check("query_position", query_position, (batch, *([1] * (query_position.dim() == 2))), torch.int32, query.device)
-    _check("key_length", key_length, (batch,), torch.int32, query.device)
-    _check("first_row", first_row, (batch,), torch.int32, query.device)
-    _check("policy_params", policy_params, (heads, len(AR_PARAMS)), torch.float32, query.device)
-    _check("strength", strength, (batch,), torch.float32, query.device)
-    _check("group_bias", group_bias, (batch, group_bias.shape[1]), torch.float32, query.device)
-
-
-def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
-    if tuple(tensor.shape) != shape:
-        raise KernelError(f"{name} is {list(tensor.shape)}: it must be {list(shape)}")
-    if tensor.dtype != dtype:
-        raise KernelError(f"{name} is {tensor.dtype}: it must be {dtype}")
-    if tensor.device != device:
-        raise KernelError(f"{name} is on {tensor.device}, query on {device}: all must be on one device")
-    if not tensor.is_contiguous():
-        raise KernelError(f"{name} has strides {list(tensor.stride())} for {list(tensor.shape)}: it must be contiguous")
-    if tensor.data_ptr() % ALIGNMENT:
-        raise KernelError(f"{name} begins at an address that is no multiple of {ALIGNMENT} bytes")
-
-
-def check_values(
-    key_group: Tensor, query_position: Tensor, key_length: Tensor, policy_params: Tensor, strength: Tensor,
-    group_bias: Tensor, block_table: Tensor | None, pages: int,
-) -> None:  # fmt: skip
-    """Raise KernelError where a tensor holds what no kernel serves; waits for the device.
-
-    Ids and pages are looked at as far as the lengths reach. `pages`: how many there are.
-    """
-    capacity, groups = key_group.shape[1], group_bias.shape[1]
-    _in_range("key_length", key_length, 0, capacity, "the slots of the cache")
-    _in_range("query_position", query_position, -1, capacity - 1, "a slot, or -1 for a padding row")
-    filled = torch.arange(capacity, device=key_group.device) < key_length[:, None]
-    _in_range("key_group", key_group[filled], 0, groups - 1, "a group of group_bias")
-    if block_table is not None and block_table.shape[1]:
-        used = filled.unflatten(1, (block_table.shape[1], -1)).any(-1)
-        _in_range("block_table", block_table[used], 0, pages - 1, "a page")
-    for name, tensor in (("policy_params", policy_params), ("strength", strength)):
-        if not tensor.isfinite().all():
-            raise KernelError(f"{name} holds {float(tensor[~tensor.isfinite()][0])}: it must be finite")
-    _in_range("strength", strength, 0, 1, "a share")
-    if (wrong := group_bias.isnan() | group_bias.isposinf()).any():
-        raise KernelError(f"group_bias holds {float(group_bias[wrong][0])}: it must be finite, or -inf to mute")
-
-
-def _in_range(name: str, tensor: Tensor, low: int, high: int, what: str) -> None:
-    if (wrong := (tensor < low) | (tensor > high)).any():
-        raise KernelError(f"{name} holds {tensor[wrong][0].item()}: it must lie in {low}..{high} ({what})")
+        blocks, capacity = key.shape[0], block_table.shape[1] * key.shape[2]
+        check_tensor("block_table", block_table, (batch, block_table.shape[1]), torch.int32, query)
+    cache = (blocks, key.shape[1], key.shape[2], size)
+    check_tensors(tensors, cache=cache, capacity=capacity, rows=(1,) * (position.dim() == 2))

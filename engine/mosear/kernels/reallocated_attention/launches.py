@@ -10,12 +10,12 @@ from mosear.config import Policy, Statistic
 from mosear.errors import KernelError
 from mosear.kernels.chips import chip_of
 from mosear.kernels.launch import Case, KernelOp, Launch
+from mosear.kernels.reallocated_attention.arguments import HEAD_SIZES
 from mosear.kernels.reallocated_attention.kernel import PREFILL, PREFILL_RUNS
+from mosear.kernels.reallocated_attention.models import BATCHES, DEMO, GROUPS, LAYOUT, LLAMA, TEXT, Shape
 from mosear.kernels.reallocated_attention.policy_kernel import POLICY_CODE, STATISTIC_CODE
 from mosear.kernels.reallocated_attention.runs import Run, mixed_share
 
-HEAD_SIZES = (64, 128)
-MIN_GROUPS, MAX_GROUPS = 3, 8
 ANY_ROWS = 1 << 31
 # Share of mixed tiles up to which runs pay. On sm_90 with D 128 a tile of one group takes 378 instructions of a warp, a
 # mixed one 626 (plain flash attention 364), and the branch between them a handful.
@@ -158,38 +158,20 @@ def choose_launch(
     return Plan(kernel=kernel, launch=launch, reason=row.reason)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Model:
-    """A model whose prefill is compiled and costed."""
-
-    name: str
-    heads: int
-    kv_heads: int
-    head_size: int
-
-
-MODELS = (
-    Model(name="demo", heads=9, kv_heads=3, head_size=64),
-    Model(name="llama2-7b", heads=32, kv_heads=32, head_size=128),
-)
-GROUPS, BATCHES = 3, (1, 8, 64)
-TEXT, VIDEO, AUDIO = range(GROUPS)
-# Emotion-LLaMA's prompt: words, 258 tokens of the pictures, one of the sound, one of the pictures, words.
-LAYOUT: tuple[Run, ...] = ((20, TEXT), (258, VIDEO), (1, AUDIO), (1, VIDEO))
 LENGTHS = (400, 4096)
 
 
 def cases(arch: int) -> list[Case]:
     """Prefill of both models at 400 and 4096 tokens, batches of 1, 8 and 64, by runs; and one case of any order each."""
     found = []
-    for model in MODELS:
+    for model in (DEMO, LLAMA):
         for tokens in LENGTHS:
             found += [_case(model, tokens, batch=batch, arch=arch, by_runs=True) for batch in BATCHES]
             found.append(_case(model, tokens, batch=1, arch=arch, by_runs=False))
     return found
 
 
-def _case(model: Model, tokens: int, *, batch: int, arch: int, by_runs: bool) -> Case:
+def _case(model: Shape, tokens: int, *, batch: int, arch: int, by_runs: bool) -> Case:
     layout = (*LAYOUT, (tokens - sum(keys for keys, _ in LAYOUT), TEXT))
     plan = choose_launch(
         batch=batch, heads=model.heads, head_size=model.head_size, rows=tokens, groups=GROUPS,

@@ -6,19 +6,11 @@ import torch
 from torch import Tensor
 
 from mosear.config import Policy, Statistic
-from mosear.contract import AR_PARAMS
 from mosear.errors import KernelError
+from mosear.kernels.arguments import arch_of
 from mosear.kernels.launch import run
-from mosear.kernels.reallocated_attention.decode_run import DTYPES, MAX_BATCH, arch_of, check_values
-from mosear.kernels.reallocated_attention.decode_run import _check as check_tensor
-from mosear.kernels.reallocated_attention.launches import (
-    HEAD_SIZES,
-    MAX_GROUPS,
-    MIN_GROUPS,
-    Kernel,
-    Plan,
-    choose_launch,
-)
+from mosear.kernels.reallocated_attention.arguments import check_query, check_tensors, check_values
+from mosear.kernels.reallocated_attention.launches import Kernel, Plan, choose_launch
 from mosear.kernels.reallocated_attention.runs import Runs, find_runs, tile_group_tensor
 
 MAX_HEADS = 65535  # the second axis of a grid
@@ -57,10 +49,12 @@ def reallocated_attention_prefill(
     with `values_checked`, for that waits for the device; without it a length is cut to L, and an id outside 0..G-1 counts
     as group 0.
     """
-    _check_arguments(
-        query, key, value, key_group, query_position, key_length, first_row, policy_params, strength, group_bias,
-        scale=scale, runs=runs,
-    )  # fmt: skip
+    tensors = {
+        "query": query, "key": key, "value": value, "key_group": key_group, "query_position": query_position,
+        "key_length": key_length, "first_row": first_row, "policy_params": policy_params, "strength": strength,
+        "group_bias": group_bias,
+    }  # fmt: skip
+    _check_arguments(tensors, scale=scale, runs=runs)
     batch, heads, rows, size = query.shape
     kv_heads, capacity, groups = key.shape[1], key.shape[2], group_bias.shape[1]
     if values_checked:
@@ -101,51 +95,25 @@ def merged(runs: Runs) -> Runs:
     return tuple(found)
 
 
-def _check_arguments(
-    query: Tensor, key: Tensor, value: Tensor, key_group: Tensor, query_position: Tensor, key_length: Tensor,
-    first_row: Tensor, policy_params: Tensor, strength: Tensor, group_bias: Tensor, *, scale: float, runs: Runs | None,
-) -> None:  # fmt: skip
+def _check_arguments(tensors: dict[str, Tensor], *, scale: float, runs: Runs | None) -> None:
+    query, key, group_bias = (tensors[name] for name in ("query", "key", "group_bias"))
     if query.dim() != 4:
         raise KernelError(f"query is {list(query.shape)}: it must be [B, H, S, D]")
-    if query.dtype not in DTYPES:
-        raise KernelError(f"query is {query.dtype}: it must be one of {', '.join(map(str, DTYPES))}")
-    if query.device.type not in ("cuda", "cpu"):
-        raise KernelError(f"query is on {query.device}: it must be on a CUDA device (or the CPU, for an executor)")
+    check_query(query, group_bias, what="prefill")
     batch, heads, rows, size = query.shape
-    if size not in HEAD_SIZES:
-        raise KernelError(f"query has head size {size}: prefill attention serves {' and '.join(map(str, HEAD_SIZES))}")
-    if batch > MAX_BATCH or heads > MAX_HEADS:
-        raise KernelError(
-            f"query holds {batch} requests of {heads} heads: at most {MAX_BATCH} of {MAX_HEADS} in one launch"
-        )
-    if group_bias.dim() != 2 or not MIN_GROUPS <= group_bias.shape[1] <= MAX_GROUPS:
-        raise KernelError(
-            f"group_bias is {list(group_bias.shape)}: it must be [B, G], G from {MIN_GROUPS} to {MAX_GROUPS}"
-        )
+    if heads > MAX_HEADS:
+        raise KernelError(f"query holds {heads} heads: at most {MAX_HEADS} in one launch")
     if key.dim() != 4 or key.shape[1] == 0 or heads % key.shape[1]:
         raise KernelError(
             f"key is {list(key.shape)}: it must be [B, K, L, D] where query's {heads} heads are a multiple of K"
         )
     if not (math.isfinite(scale) and scale > 0):
         raise KernelError(f"scale is {scale}: it must be finite and above 0")
-    if runs is not None and len(runs) != batch:
-        raise KernelError(f"runs are those of {len(runs)} requests: query holds {batch}")
-    kv_heads, capacity, f32, i32 = key.shape[1], key.shape[2], torch.float32, torch.int32
-    if (
-        runs is not None
-        and (longest := max((sum(keys for keys, _ in request) for request in runs), default=0)) > capacity
-    ):
-        raise KernelError(f"runs hold {longest} keys: the cache has {capacity} slots")
-    for name, tensor, shape, dtype in (
-        ("query", query, (batch, heads, rows, size), query.dtype),
-        ("key", key, (batch, kv_heads, capacity, size), query.dtype),
-        ("value", value, (batch, kv_heads, capacity, size), query.dtype),
-        ("key_group", key_group, (batch, capacity), i32),
-        ("query_position", query_position, (batch, rows), i32),
-        ("key_length", key_length, (batch,), i32),
-        ("first_row", first_row, (batch,), i32),
-        ("policy_params", policy_params, (heads, len(AR_PARAMS)), f32),
-        ("strength", strength, (batch,), f32),
-        ("group_bias", group_bias, (batch, group_bias.shape[1]), f32),
-    ):
-        check_tensor(name, tensor, shape, dtype, query.device)
+    kv_heads, capacity = key.shape[1], key.shape[2]
+    if runs is not None:
+        if len(runs) != batch:
+            raise KernelError(f"runs are those of {len(runs)} requests: query holds {batch}")
+        longest = max((sum(keys for keys, _ in request) for request in runs), default=0)
+        if longest > capacity:
+            raise KernelError(f"runs hold {longest} keys: the cache has {capacity} slots")
+    check_tensors(tensors, cache=(batch, kv_heads, capacity, size), capacity=capacity, rows=(rows,))

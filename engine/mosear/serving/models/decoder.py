@@ -139,15 +139,15 @@ class Listener:
     def _send(self, event: Said) -> None:
         try:
             # Where a session is named, its caller withdraws by that name; asking the server's process takes time.
-            if not self.session and self.sender.is_cancelled():
-                raise CancelledError("the request was cancelled by its sender")
-            self.model.count(event)
-            self.sender.send(wire.response(said_tensors(event)))
-        except Exception as error:
-            if not isinstance(error, CancelledError):
-                log.exception("a response could not be sent: its request is cancelled")
-            if self.ticket is not None:
-                self.ticket.cancel()
+            gone = not self.session and self.sender.is_cancelled()
+            if not gone:
+                self.model.count(event)
+                self.sender.send(wire.response(said_tensors(event)))
+        except Exception:
+            log.exception("a response could not be sent: its request is cancelled")
+            gone = True
+        if gone and self.ticket is not None:
+            self.ticket.cancel()
 
     def _finish(self, error: MosearError | None) -> None:
         try:

@@ -67,16 +67,18 @@ class DecoderMetrics:
         with _LOCK:
             self.plain["slots_in_use"].set(slots_in_use)
             self.plain["queue_length"].set(queue_length)
-            self.plain["tokens"].increment(self.tokens)
-            self.tokens = 0
+            self._count_tokens()
 
     def token(self) -> None:
         """Counted with the next `load`, or once for many: a change of a metric waits for the server's process."""
         with _LOCK:
             self.tokens += 1
             if self.tokens == TOKENS_AT_ONCE:
-                self.plain["tokens"].increment(self.tokens)
-                self.tokens = 0
+                self._count_tokens()
+
+    def _count_tokens(self) -> None:
+        self.plain["tokens"].increment(self.tokens)
+        self.tokens = 0
 
     def prefilled(self, event: Prefilled) -> None:
         mean = event.mass.mean(0)  # [2, G]
