@@ -462,7 +462,7 @@ import sys
 from mosear.runtime.request import Request
 from mosear.serving import Client
 for event in Client(sys.argv[1]).stream(Request(task="reason", words="hm", max_tokens=3000, min_tokens=3000)):
-    print(type(event).__name__, event.name, flush=True)
+    print(type(event).__name__, getattr(event, "name", ""), flush=True)
 """
 
 
