@@ -36,7 +36,7 @@ from mosear.runtime.sampling import Sampling
 from mosear.serving import Client
 from mosear.serving.client import ModelState, event_of
 from mosear.serving.configs import Device, Settings, config_text, model_configs
-from mosear.serving.faults import KINDS, decode_fault, encode_fault
+from mosear.serving.faults import KINDS, decode_fault, encode_fault, inner_fault
 from mosear.serving.server import Server, ServerOptions
 from mosear.serving.tensors import request_tensors
 
@@ -417,3 +417,10 @@ def test_an_answer_survives_json() -> None:
     for answer in (ANSWER, dataclasses.replace(ANSWER, joint=None, face=None, voice=None, conflict=None, notes=())):
         found = Answer.from_record(json.loads(json.dumps(answer.record())))
         assert found.record() == answer.record()
+
+
+def test_a_model_call_that_the_stopping_server_refuses_is_no_fault_of_the_model() -> None:
+    stopping = inner_fault("decoder", "Model decoder - Error when running inference: Server not ready")
+    assert type(stopping) is type(decode_fault(encode_fault(stopping))) is ServingError
+    failed = inner_fault("voice", "no memory")
+    assert type(failed) is EngineError and str(failed) == "model voice failed: no memory"

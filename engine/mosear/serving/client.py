@@ -14,7 +14,7 @@ from mosear.contract import DType, Tensors
 from mosear.errors import CancelledError, ConfigError, DeadlineError, MosearError, RequestError, ServingError
 from mosear.runtime.pipeline import Event, StageDone, Words
 from mosear.runtime.request import MAX_DEADLINE_MS, Answer, Request
-from mosear.serving.faults import decode_fault
+from mosear.serving.faults import decode_fault, known_fault
 from mosear.serving.tensors import check_size, request_tensors
 
 MODEL, UNARY_MODEL = "mosear", "mosear_unary"
@@ -164,8 +164,7 @@ class Client:
             if deadline_ms is not None:
                 return DeadlineError(f"{self.url} did not answer within {deadline_ms} ms")
             return ServingError(f"{self.url} did not answer in time: see the server's log, or allow more time")
-        known = decode_fault(details)
-        if type(known) is not ServingError:
+        if known := known_fault(details):
             return known
         if code is grpc.StatusCode.CANCELLED:
             return CancelledError("the request was withdrawn")

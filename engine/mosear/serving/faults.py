@@ -14,13 +14,15 @@ from mosear.errors import (
 )
 
 KINDS: dict[str, type[MosearError]] = {
-    kind.__name__: kind for kind in (RequestError, MediaError, BusyError, DeadlineError, CancelledError, EngineError)
+    kind.__name__: kind
+    for kind in (RequestError, MediaError, BusyError, DeadlineError, CancelledError, EngineError, ServingError)
 }
 # What Triton Server says by itself, before a model sees the request.
 SERVER_SAYS: tuple[tuple[str, type[MosearError]], ...] = (
     ("Exceeds maximum queue size", BusyError),
     ("Request timeout expired", DeadlineError),
 )
+STOPPING = "Server not ready"  # to a model that calls another while the server stops
 # The server puts words of its own before a model's text, the Python backend a traceback after it.
 _FAULT = re.compile(rf"\b({'|'.join(KINDS)}): (.*?)(?:\n+At:\n.*)?$", re.DOTALL)
 
@@ -33,9 +35,21 @@ def encode_fault(error: Exception) -> str:
     return f"{EngineError.__name__}: {type(error).__name__}: {error}: the server's log has more"
 
 
-def decode_fault(text: str) -> MosearError:
-    """The error that `encode_fault` made the text of; a text without a kind becomes a ServingError."""
+def known_fault(text: str) -> MosearError | None:
+    """The error that `encode_fault` made the text of, or that the server's own words stand for; None for another text."""
     if match := _FAULT.search(text):
         return KINDS[match[1]](match[2].strip())
-    kind = next((kind for words, kind in SERVER_SAYS if words in text), ServingError)
-    return kind(f"the server says: {text.strip() or 'nothing'}")
+    kind = next((kind for words, kind in SERVER_SAYS if words in text), None)
+    return None if kind is None else kind(f"the server says: {text.strip()}")
+
+
+def decode_fault(text: str) -> MosearError:
+    """`known_fault`; a text that says none becomes a ServingError."""
+    return known_fault(text) or ServingError(f"the server says: {text.strip() or 'nothing'}")
+
+
+def inner_fault(model: str, text: str) -> MosearError:
+    """The error of a model that called `model`, where the server itself answered with `text`."""
+    if STOPPING in text:
+        return ServingError("the server was told to stop before the answer was complete: ask again when it is back")
+    return EngineError(f"model {model} failed: {text}")

@@ -18,11 +18,11 @@ import triton_python_backend_utils as pb_utils
 from mosear.backends.onnxruntime_cpu import check
 from mosear.contract import DECODER, HOLES, Tensors, parts
 from mosear.engine import EngineFolder
-from mosear.errors import BusyError, CancelledError, EngineError
+from mosear.errors import BusyError, CancelledError
 from mosear.runtime.decode import Prefilled, Said, Scored, Token, Work
 from mosear.runtime.pipeline import Pipeline, Words
 from mosear.runtime.request import Answer
-from mosear.serving.faults import decode_fault
+from mosear.serving.faults import decode_fault, inner_fault
 from mosear.serving.models import wire
 from mosear.serving.models.metrics import AnswerMetrics
 from mosear.serving.models.wire import Triton
@@ -44,7 +44,7 @@ class Encoders:
             inputs=[pb_utils.Tensor(name, _sample_axis(value)) for name, value in tensors.items()],
         ).exec()
         if answer.has_error():
-            raise EngineError(f"model {part} failed: {answer.error().message()}")
+            raise inner_fault(part, answer.error().message())
         return {name: pb_utils.get_output_tensor_by_name(answer, name).as_numpy() for name in names}
 
 
@@ -67,7 +67,7 @@ class ServedDecoder:
             for answer in answers:
                 if answer.has_error():  # the server's own: there is nobody to tell
                     done = True
-                    raise EngineError(f"model {DECODER} failed: {answer.error().message()}")
+                    raise inner_fault(DECODER, answer.error().message())
                 tensors = {tensor.name(): tensor.as_numpy() for tensor in answer.output_tensors()}
                 if "error" in tensors:
                     failed = decode_fault(bytes(tensors["error"].item()).decode())
