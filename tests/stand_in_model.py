@@ -23,19 +23,19 @@ class TritonPythonModel:
 
     def execute(self, requests: list[Any]) -> None:
         for request in requests:
-            sender = request.get_response_sender()
+            sender = wire.Sender(request)
             threading.Thread(target=self.answer, args=(request, sender)).start()
 
-    def answer(self, triton: Any, sender: Any) -> None:
+    def answer(self, triton: Any, sender: wire.Sender) -> None:
         try:
             request = wire.read(triton, self.config)
             self.note(json.dumps(self.told(triton, request)))
-            wire.finish(sender, self.act(request, sender))
+            sender.finish(self.act(request, sender))
         except Exception as error:
-            wire.finish(sender, wire.failure(error))
+            sender.fail(error)
 
-    def act(self, request: Request, sender: Any) -> Any:
-        """The last response."""
+    def act(self, request: Request, sender: wire.Sender) -> Any:
+        """What the last response holds."""
         words = request.words.decode() if isinstance(request.words, bytes) else request.words
         verb, _, rest = words.partition(" ")
         if verb == "raise":
@@ -48,10 +48,10 @@ class TritonPythonModel:
         if verb == "nothing":
             return None
         if verb == "odd":
-            return wire.response({"label": wire.texts("happy")})
+            return {"label": wire.texts("happy")}
         if verb == "slow":
             for _ in range(request.max_tokens or 1):
-                if sender.is_cancelled():
+                if sender.gone:
                     self.note("cancelled")
                     return None
                 self.send(sender, Words(text=f"{words} "))
@@ -61,11 +61,11 @@ class TritonPythonModel:
             self.send(sender, StageDone(name="prefill", ms=2.5))
             for text in ("She ", "smiles: ", "h\u00e9llo"):
                 self.send(sender, Words(text=text))
-        return wire.response(wire.event_tensors(ANSWER))
+        return wire.event_tensors(ANSWER)
 
-    def send(self, sender: Any, event: StageDone | Words) -> None:
+    def send(self, sender: wire.Sender, event: StageDone | Words) -> None:
         if self.decoupled:
-            sender.send(wire.response(wire.event_tensors(event)))
+            sender.send(wire.event_tensors(event))
 
     def told(self, triton: Any, request: Request) -> dict[str, object]:
         return {

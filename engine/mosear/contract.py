@@ -241,13 +241,11 @@ def _answer(config: ModelConfig) -> tuple[TensorSpec, ...]:
 
 
 def _decoding(config: ModelConfig) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
-    """A prompt (or the name of a session to cancel), then masses and gates, tokens or label scores as they come."""
+    """A prompt, then masses and gates, tokens or label scores as they come."""
     labels, groups = len(config.labels), len(config.groups)
     inputs = (
         _some("token_ids", DType.I32, "S"),  # HOLES where features go
         _some("group", DType.I32, "S"),
-        _some("session", DType.STRING),
-        _some("cancel", DType.BOOL),
         *_settings(),
         *feature_tensors(config),
     )
@@ -256,7 +254,5 @@ def _decoding(config: ModelConfig) -> tuple[tuple[TensorSpec, ...], tuple[Tensor
         TensorSpec("expert_weights", DType.F32, (groups, config.mose.experts)),
         TensorSpec("token", DType.I32, (1,)),
         TensorSpec("label_scores", DType.F32, ("ROWS", labels)),
-        # KIND: message. A tensor, as the server loses an error response amid a stream from one model to another.
-        TensorSpec("error", DType.STRING, (1,)),
     )
     return inputs, outputs

@@ -23,6 +23,7 @@ SERVER_SAYS: tuple[tuple[str, type[MosearError]], ...] = (
     ("Request timeout expired", DeadlineError),
 )
 STOPPING = "Server not ready"  # to a model that calls another while the server stops
+STOPPED = "the server was told to stop before the answer was complete: ask again when it is back"
 # The server puts words of its own before a model's text, the Python backend a traceback after it.
 _FAULT = re.compile(rf"\b({'|'.join(KINDS)}): (.*?)(?:\n+At:\n.*)?$", re.DOTALL)
 
@@ -51,5 +52,5 @@ def decode_fault(text: str) -> MosearError:
 def inner_fault(model: str, text: str) -> MosearError:
     """The error of a model that called `model`, where the server itself answered with `text`."""
     if STOPPING in text:
-        return ServingError("the server was told to stop before the answer was complete: ask again when it is back")
+        return ServingError(STOPPED)
     return EngineError(f"model {model} failed: {text}")

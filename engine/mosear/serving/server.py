@@ -96,7 +96,7 @@ class Server:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 cwd=installation.directory(self._scratch.folder),
-                env=installation.environment(),
+                env=installation.environment() | {"TMPDIR": str(self._scratch.folder)},  # what is killed leaves nothing
                 start_new_session=True,  # a group of its own, to be ended as one; Ctrl-C reaches this process alone
                 preexec_fn=_die_with_parent,  # noqa: PLW1509 (one system call, no lock)
             )

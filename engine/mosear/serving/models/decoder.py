@@ -1,8 +1,8 @@
-"""The model `decoder`: owns weights, cache slots and sessions. A prompt goes in; masses, tokens or label scores come out."""
+"""The model `decoder`: owns weights and cache slots. A prompt goes in; masses, tokens or label scores come out."""
 
 import json
 import logging
-import threading
+import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,10 +11,12 @@ import numpy as np
 
 from mosear.contract import DECODER, EMBEDDING, HOLES, Tensors
 from mosear.engine import EngineFolder
-from mosear.errors import CancelledError, MosearError, RequestError
+from mosear.errors import CancelledError, MosearError, RequestError, ServingError
 from mosear.runtime.decode import Prefilled, Said, Token, Work
 from mosear.runtime.prompt import Task
-from mosear.runtime.ticket import Ticket
+from mosear.runtime.ticket import Listener, Ticket
+from mosear.serving.faults import STOPPED
+from mosear.serving.local import Door, door_of
 from mosear.serving.models import wire
 from mosear.serving.models.metrics import DecoderMetrics
 from mosear.serving.models.wire import Triton
@@ -25,10 +27,10 @@ PARTS = (EMBEDDING, *(f"{field}_projector" for field in HOLES), DECODER)
 
 
 class TritonPythonModel:
-    """Takes requests in between two decode steps.
+    """Takes requests in between two decode steps: from clients as Triton's, from its neighbours at a door of its own.
 
-    What the scheduler says is sent by a thread of its own, the outbox: a response waits for the server's process, 0.5 ms a
-    token, in which the next step can run.
+    All that waits for the server's process (a response, a metric: 0.5 ms) is done by a thread of its own, the outbox,
+    while the next step runs.
     """
 
     def initialize(self, args: dict[str, str]) -> None:
@@ -37,36 +39,26 @@ class TritonPythonModel:
         version = Path(args["model_repository"]) / args["model_version"]
         self.folder = EngineFolder((version / settings["engine"]).resolve())
         self.backend = self.folder.backend(PARTS, threads=int(settings["threads"]))
-        self.scheduler = self.folder.scheduler(self.backend, slots=int(settings["slots"]), queue=int(settings["queue"]))
-        self.metrics = DecoderMetrics(self.folder.config, int(settings["slots"]))
+        most = {name: int(settings[name]) for name in ("slots", "queue", "prefill_rows")}
+        self.scheduler = self.folder.scheduler(self.backend, **most)
+        self.metrics = DecoderMetrics(self.folder.config, most["slots"])
         self.outbox = ThreadPoolExecutor(1)
         self.scheduler.start()
-        self.sessions: dict[str, Ticket] = {}
-        self.lock = threading.Lock()
+        self.door = Door(door_of(os.getppid(), model["name"]), self.submit)
 
     def execute(self, requests: list[Triton]) -> None:
         for request in requests:
-            sender = request.get_response_sender()
+            sender = wire.Sender(request)
             try:
-                self._take(wire.Inputs(request), sender)
+                client = Client(self.outbox, sender)
+                client.ticket = self.submit(self._work(wire.Inputs(request)), client)
             except Exception as error:
-                fail(sender, error)
+                sender.fail(error)
 
-    def _take(self, given: wire.Inputs, sender: Triton) -> None:
-        session = given.text("session", "")
-        if given.number("cancel", False):
-            with self.lock:
-                ticket = self.sessions.get(session)
-            if ticket is not None:
-                ticket.cancel()
-            wire.finish(sender)
-            return
-        listener = Listener(self, session, sender)
-        with self.lock:
-            listener.ticket = self.scheduler.submit(self._work(given), listener)
-            if session:
-                self.sessions[session] = listener.ticket
-        self.show_load()
+    def submit(self, work: Work, listener: Listener) -> Ticket:
+        ticket = self.scheduler.submit(work, Counted(self, listener))
+        self.outbox.submit(self.show_load)
+        return ticket
 
     def count(self, event: Said) -> None:
         if isinstance(event, Token):
@@ -76,13 +68,8 @@ class TritonPythonModel:
             self.show_load()
 
     def show_load(self) -> None:
-        with self.lock:  # what is read first is also told first
-            now = self.scheduler.load
-            self.metrics.load(slots_in_use=now.rows_used, queue_length=now.queued)
-
-    def forget(self, session: str) -> None:
-        with self.lock:
-            self.sessions.pop(session, None)
+        now = self.scheduler.load
+        self.metrics.load(slots_in_use=now.rows_used, queue_length=now.queued)
 
     def _work(self, given: wire.Inputs) -> Work:
         config, limits = self.folder.config, self.folder.recipe.limits
@@ -116,54 +103,62 @@ class TritonPythonModel:
         )  # fmt: skip
 
     def finalize(self) -> None:
+        self.door.close()
         self.scheduler.close()
         self.outbox.shutdown()
         self.backend.close()
 
 
-class Listener:
-    """Has the outbox send what the scheduler says of one job."""
+class Counted:
+    """A request's listener, with the metrics told of what it hears."""
 
-    def __init__(self, model: TritonPythonModel, session: str, sender: Triton) -> None:
-        self.model, self.session, self.sender = model, session, sender
-        self.ticket: Ticket | None = None  # until submit() has returned
+    def __init__(self, model: TritonPythonModel, listener: Listener) -> None:
+        self.model, self.listener = model, listener
 
     def said(self, event: Said) -> None:
-        self.model.outbox.submit(self._send, event)
+        self.listener.said(event)
+        self.model.outbox.submit(self.model.count, event)
+
+    def ended(self, error: MosearError | None) -> None:
+        # Who has cancelled hears nothing more: to all others it is the server that stops.
+        self.listener.ended(ServingError(STOPPED) if isinstance(error, CancelledError) else error)
+        self.model.outbox.submit(self.model.show_load)
+
+
+class Client:
+    """Has the outbox send to a client of Triton Server what the scheduler says of its request."""
+
+    def __init__(self, outbox: ThreadPoolExecutor, sender: wire.Sender) -> None:
+        self.outbox, self.sender = outbox, sender
+        self.ticket: Ticket | None = None  # until submit() has returned
+        self.gone = False
+
+    def said(self, event: Said) -> None:
+        self.outbox.submit(self._send, event)
 
     def ended(self, error: MosearError | None) -> None:
         """The job is over: complete, or with an error."""
-        self.model.forget(self.session)
-        self.model.outbox.submit(self._finish, error)
+        self.outbox.submit(self._finish, error)
 
     def _send(self, event: Said) -> None:
         try:
-            # Where a session is named, its caller withdraws by that name; asking the server's process takes time.
-            gone = not self.session and self.sender.is_cancelled()
-            if not gone:
-                self.model.count(event)
-                self.sender.send(wire.response(said_tensors(event)))
+            self.gone = self.gone or self.sender.gone
+            if not self.gone:
+                self.sender.send(said_tensors(event))
         except Exception:
             log.exception("a response could not be sent: its request is cancelled")
-            gone = True
-        if gone and self.ticket is not None:
+            self.gone = True
+        if self.gone and self.ticket is not None:
             self.ticket.cancel()
 
     def _finish(self, error: MosearError | None) -> None:
         try:
-            self.model.show_load()
-            if error is None or isinstance(error, CancelledError):
-                wire.finish(self.sender)
+            if error is None or self.gone:
+                self.sender.finish()
             else:
-                fail(self.sender, error)
+                self.sender.fail(error)
         except Exception:
             log.exception("the end of a request could not be sent")
-
-
-def fail(sender: Triton, error: Exception) -> None:
-    """End a stream with an error as a tensor: a calling model would not hear of an error response, nor of its end."""
-    sender.send(wire.response({"error": wire.texts(wire.fault_of(error))}))
-    wire.finish(sender)
 
 
 def said_tensors(event: Said) -> Tensors:

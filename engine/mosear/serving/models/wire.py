@@ -107,26 +107,39 @@ def texts(*values: str) -> np.ndarray[Any, np.dtype[np.object_]]:
     return np.array([value.encode() for value in values], np.object_)
 
 
-def response(tensors: Mapping[str, Any]) -> Triton:  # Any: arrays of several types
-    return pb_utils.InferenceResponse([pb_utils.Tensor(name, np.asarray(value)) for name, value in tensors.items()])
+class Sender:
+    """Sends the responses of one request; of their outputs those that it asks for.
 
+    The rest is left out here: the Python backend would drop it in `send`, without the interpreter's lock.
+    """
 
-def fault_of(error: Exception) -> str:
-    """Our own errors by kind, anything else as an engine failure that the log explains."""
-    if not isinstance(error, MosearError):
-        pb_utils.Logger.log_error(f"{type(error).__name__}: {error}")
-    return encode_fault(error)
+    def __init__(self, request: Triton) -> None:
+        self.sender = request.get_response_sender()
+        self.wanted = frozenset(request.requested_output_names())
 
+    def send(self, tensors: Mapping[str, Any]) -> None:  # Any: arrays of several types
+        self.sender.send(self._response(tensors))
 
-def failure(error: Exception) -> Triton:
-    """An error response."""
-    return pb_utils.InferenceResponse(error=pb_utils.TritonError(fault_of(error)))
+    def finish(self, tensors: Mapping[str, Any] | None = None) -> None:  # Any: as above
+        """End the stream, with a last response or without."""
+        final = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+        if tensors is None:
+            self.sender.send(flags=final)
+        else:
+            self.sender.send(self._response(tensors), flags=final)
 
+    def fail(self, error: Exception) -> None:
+        """End the stream with an error: our own by kind, anything else as an engine failure that the log explains."""
+        if not isinstance(error, MosearError):
+            pb_utils.Logger.log_error(f"{type(error).__name__}: {error}")
+        response = pb_utils.InferenceResponse(error=pb_utils.TritonError(encode_fault(error)))
+        self.sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
-def finish(sender: Triton, last: Triton | None = None) -> None:
-    """End a stream of responses, with a last one or without."""
-    final = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
-    if last is None:
-        sender.send(flags=final)
-    else:
-        sender.send(last, flags=final)
+    @property
+    def gone(self) -> bool:
+        """Has the client cancelled? Asks the server's process, 0.5 ms."""
+        return bool(self.sender.is_cancelled())
+
+    def _response(self, tensors: Mapping[str, Any]) -> Triton:  # Any: as above
+        wanted = [(name, np.asarray(value)) for name, value in tensors.items() if name in self.wanted]
+        return pb_utils.InferenceResponse([pb_utils.Tensor(name, value) for name, value in wanted])
