@@ -20,6 +20,7 @@ from mosear.errors import ConfigError, EngineError, ServingError
 from mosear.recipe import Recipe
 from mosear.serving import repository
 from mosear.serving.configs import Device, Settings, config_text, model_configs
+from mosear.serving.installation import BACKEND_PY
 from mosear.serving.repository import MODEL_PY, assemble
 from mosear_export import export
 from mosear_export.demo.fetch import DemoFiles
@@ -86,6 +87,10 @@ def _fill(folder: Path, flavour: str) -> None:
 
 def read(path: Path) -> pb.ModelConfig:
     return text_format.Parse((path / "config.pbtxt").read_text(), pb.ModelConfig())
+
+
+def test_the_committed_backend_is_what_a_server_gets() -> None:
+    assert (FOLDER.parent / "backends" / "onnxruntime" / "model.py").read_text() == BACKEND_PY
 
 
 @pytest.mark.demo

@@ -17,10 +17,15 @@ from mosear.serving.scratch import SHARED_MEMORY
 PACKAGE = "nvidia-pytriton"
 PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 LIBPYTHON = f"libpython{PYTHON}.so.1.0"
-OURS = Path(__file__).parents[3] / "triton_repo" / "backends"
 SHARED_MEMORY_MB = 32  # free at least: each model takes 1 MB at its start, then twice its largest tensors
 LIBRARY = "libtriton_python.so"
 STUB = "triton_python_backend_stub"
+BACKEND_PY = '''"""A Python-based backend that serves `backend: "onnxruntime"` models: `mosear.serving.models.encoder`."""
+
+from mosear.serving.models.encoder import TritonPythonModel
+
+__all__ = ["TritonPythonModel"]
+'''
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,10 +102,6 @@ class Installation:
         own = self.root / "backends"
         if (own / "onnxruntime").is_dir():
             return own
-        if not (OURS / "onnxruntime").is_dir():
-            raise ServingError(
-                f"{OURS}/onnxruntime is missing: `mosear serve` runs in a source checkout, installed editable"
-            )
         made = folder / "backends"
         (made / "python").mkdir(parents=True)
         # The library must be a copy: Python-based backends are refused where it is a link. The stub must be a link: it
@@ -109,7 +110,7 @@ class Installation:
         for file in (own / "python" / "triton_python_backend_utils.py", self.stub):
             (made / "python" / file.name).symlink_to(file)
         (made / "onnxruntime").mkdir()
-        shutil.copyfile(OURS / "onnxruntime" / "model.py", made / "onnxruntime" / "model.py")
+        (made / "onnxruntime" / "model.py").write_text(BACKEND_PY)
         return made
 
     def directory(self, folder: Path) -> Path:

@@ -1,38 +1,5 @@
-"""Triton's door to `mosear.serving.onnx_backend`: a Python-based backend that serves `backend: "onnxruntime"` models."""
+"""A Python-based backend that serves `backend: "onnxruntime"` models: `mosear.serving.models.encoder`."""
 
-import json
-import os
-from pathlib import Path
+from mosear.serving.models.encoder import TritonPythonModel
 
-import triton_python_backend_utils as pb_utils
-
-from mosear.errors import EngineError, RequestError
-from mosear.serving.faults import encode_fault
-from mosear.serving.onnx_backend import NICENESS, Ask, OnnxModel
-
-
-class TritonPythonModel:
-    def initialize(self, args):
-        if args["model_instance_kind"] != "CPU":
-            raise EngineError(f"{args['model_name']}: this backend runs on the CPU only: `mosear repo --target cpu`")
-        os.nice(NICENESS)
-        folder = Path(args["model_repository"]) / args["model_version"]
-        self.model = OnnxModel(json.loads(args["model_config"]), folder)
-
-    def execute(self, requests):
-        asks = [
-            Ask(
-                inputs={tensor.name(): tensor.as_numpy() for tensor in request.inputs()},
-                outputs=tuple(request.requested_output_names()),
-            )
-            for request in requests
-        ]
-        return [self._response(answer) for answer in self.model.answer(asks)]
-
-    @staticmethod
-    def _response(answer):
-        if isinstance(answer, Exception):
-            codes = pb_utils.TritonError
-            code = codes.INVALID_ARG if isinstance(answer, RequestError) else codes.INTERNAL
-            return pb_utils.InferenceResponse(error=pb_utils.TritonError(encode_fault(answer), code))
-        return pb_utils.InferenceResponse([pb_utils.Tensor(name, array) for name, array in answer.items()])
+__all__ = ["TritonPythonModel"]
