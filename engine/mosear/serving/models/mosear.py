@@ -71,7 +71,7 @@ class TritonPythonModel:
         self.metrics = AnswerMetrics(model["name"])
         workers = int(settings["workers"])
         self.pool, self.most = ThreadPoolExecutor(workers), 2 * workers
-        self.lock, self.open = threading.Lock(), 0
+        self.lock, self.open, self.running = threading.Lock(), 0, 0  # running: until the last response is sent
 
     def execute(self, requests: list[Triton]) -> None:
         for request in requests:
@@ -79,21 +79,29 @@ class TritonPythonModel:
             with self.lock:
                 full = self.open >= self.most
                 self.open += not full
-                self.metrics.running(self.open)
             if full:
                 sender.fail(BusyError(f"{self.most} requests are under way: try again later"))
             else:
+                self._run(1)
                 self.pool.submit(self._answer, request, sender, time.perf_counter())
 
     def _answer(self, request: Triton, sender: wire.Sender, arrived: float) -> None:
         try:
-            sender.finish(self._respond(request, sender, arrived))
+            try:
+                last = self._respond(request, sender, arrived)
+            finally:  # whoever hears the end may ask again at once
+                with self.lock:
+                    self.open -= 1
+            sender.finish(last)
         except Exception as error:
             sender.fail(error)
         finally:
-            with self.lock:
-                self.open -= 1
-                self.metrics.running(self.open)
+            self._run(-1)
+
+    def _run(self, change: int) -> None:
+        with self.lock:
+            self.running += change
+            self.metrics.running(self.running)
 
     def _respond(self, request: Triton, sender: wire.Sender, arrived: float) -> Tensors:
         """Send what comes, return what the last response holds."""
