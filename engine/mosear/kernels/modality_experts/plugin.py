@@ -66,7 +66,7 @@ def _tactics(ranges: Ranges, site: Site, *, kernel: KernelOp) -> list[Tactic]:
         return varied(launch, stages=launch.stages, SPLITS=parts)
 
     geometry = _shrink_geometry if kernel is SHRINK else functools.partial(_expand_geometry, columns=_columns(site))
-    return tactics_of(kernel, [launch_for(most), launch_for(least)], [], geometry)
+    return tactics_of(kernel, [launch_for(rows) for rows in sorted({least, most}, reverse=True)], [], geometry)
 
 
 def _shrink_geometry(launch: Launch, sizes: Sizes, arithmetic: Arithmetic) -> Geometry:
