@@ -9,6 +9,7 @@ them into the kernels at build and keeps none of them. Heads stay inputs.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import onnx
@@ -43,7 +44,7 @@ def plugin_flavour(model: ModelProto, config: ModelConfig, *, data: str = "fp32"
     if data not in ELEMENTS:
         raise EngineError(f"data is {data!r}: plugins serve {', '.join(ELEMENTS)}")
     check(config)
-    copy = ModelProto.FromString(model.SerializeToString())
+    copy: ModelProto = ModelProto.FromString(model.SerializeToString())
     writer = _Writer(copy, config, data)
     nodes = [made for node in copy.graph.node for made in writer.replace(node)]
     if not writer.replaced:
@@ -138,7 +139,7 @@ class _Writer:
             raise EngineError(
                 f"{node.name}: {name} is neither an input nor a constant of known width, which its kernel has as a constant"
             )
-        return shape[-1]
+        return int(shape[-1])
 
     def _calls(
         self, name: str, ops: Sequence[PluginOp], tensors: dict[str, str], attributes: Mapping[str, Attribute]
@@ -152,13 +153,11 @@ class _Writer:
                 after.append(_cast(names[tensor], tensors[tensor], TensorProto.FLOAT))
             else:
                 before.append(_cast(tensors[tensor], names[tensor], ELEMENTS[self.data]))
-        calls = [
-            helper.make_node(
-                op.name, [names[n] for n in op.inputs], [names[n] for n in op.outputs], name=f"{name}.{op.name}",
-                domain=DOMAIN, **{n: attributes[n] for n in op.attributes}, **BINDING,
-            )
-            for op in ops
-        ]  # fmt: skip
+        calls = []
+        for op in ops:
+            given: dict[str, Any] = {n: attributes[n] for n in op.attributes} | BINDING  # Any: of several types
+            inputs, outputs = [names[n] for n in op.inputs], [names[n] for n in op.outputs]
+            calls.append(helper.make_node(op.name, inputs, outputs, name=f"{name}.{op.name}", domain=DOMAIN, **given))
         return [*before, *calls, *after]
 
 
