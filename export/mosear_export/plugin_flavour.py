@@ -4,10 +4,13 @@ The plain flavour's local functions go; names, axes and all other nodes stay. Ea
 
     ReallocatedAttention -> AttentionSplit, AttentionFinish      ModalityExperts -> ExpertsShrink, ExpertsExpand
 
+Or attention stays one node, for the C++ plugin library, which chooses between prefill and decode when it is called.
+
 What the node said in attributes, and sizes that a kernel has as constants, become the new nodes' attributes. TensorRT bakes
 them into the kernels at build and keeps none of them. Heads stay inputs.
 """
 
+import enum
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -32,20 +35,31 @@ from mosear_export.ops import ATTENTION, ATTENTION_INPUTS, DOMAIN, EXPERTS, EXPE
 from mosear_export.ops import VERSION as DOMAIN_VERSION
 
 ELEMENTS = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
+LIBRARY_ELEMENTS = ("fp16", "bf16")  # of the kernels that the C++ library embeds
 BINDING: dict[str, Attribute] = {"plugin_namespace": NAMESPACE, "plugin_version": VERSION, "aot": 1}
 _ATTRIBUTE_TYPES = {str: OpSchema.AttrType.STRING, int: OpSchema.AttrType.INT, float: OpSchema.AttrType.FLOAT}
 
 
-def plugin_flavour(model: ModelProto, config: ModelConfig, *, data: str = "fp32") -> ModelProto:
+class Attention(enum.StrEnum):
+    """Which plugins serve attention."""
+
+    LAUNCHES = "launches"  # a node for each launch, ahead-of-time plugins
+    LIBRARY = "library"  # one node, libmosear_trt_plugin.so
+
+
+def plugin_flavour(
+    model: ModelProto, config: ModelConfig, *, data: str = "fp32", attention: Attention = Attention.LAUNCHES
+) -> ModelProto:
     """A copy of a decoder whose mechanisms are plugin nodes, their activations of type `data` (fp32, fp16 or bf16).
 
-    Raises EngineError where the model calls no mechanism, or has sizes that no kernel serves.
+    Raises EngineError where the model calls no mechanism, or has sizes or types that no kernel serves.
     """
-    if data not in ELEMENTS:
-        raise EngineError(f"data is {data!r}: plugins serve {', '.join(ELEMENTS)}")
+    served = tuple(ELEMENTS) if attention is Attention.LAUNCHES else LIBRARY_ELEMENTS
+    if data not in served:
+        raise EngineError(f"data is {data!r}: plugins serve {', '.join(served)}")
     check(config)
     copy: ModelProto = ModelProto.FromString(model.SerializeToString())
-    writer = _Writer(copy, config, data)
+    writer = _Writer(copy, config, data, attention)
     nodes = [made for node in copy.graph.node for made in writer.replace(node)]
     if not writer.replaced:
         raise EngineError(
@@ -94,8 +108,8 @@ def register_schemas() -> None:
 class _Writer:
     """Writes nodes in the place of a decoder's own, and collects the constants that they need."""
 
-    def __init__(self, model: ModelProto, config: ModelConfig, data: str) -> None:
-        self.config, self.data = config, data
+    def __init__(self, model: ModelProto, config: ModelConfig, data: str, attention: Attention) -> None:
+        self.config, self.data, self.attention = config, data, attention
         self.constants: dict[str, TensorProto] = {}
         self.shapes = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
         for value in model.graph.input:
@@ -112,11 +126,24 @@ class _Writer:
         return (self._attention if node.op_type == ATTENTION else self._experts)(node, attributes)
 
     def _attention(self, node: NodeProto, attributes: dict[str, Attribute]) -> list[NodeProto]:
+        if self.attention is Attention.LIBRARY:
+            return self._library_node(node)
         tensors = dict(zip(ATTENTION_INPUTS, node.input, strict=True))
         tensors |= {name: f"{node.name}.{name}" for name in ATTENTION_SPLIT.outputs}
         tensors |= dict(zip(ATTENTION_FINISH.outputs, node.output, strict=True))
         attributes["groups"] = len(self.config.groups)
         return self._calls(node.name, (ATTENTION_SPLIT, ATTENTION_FINISH), tensors, attributes)
+
+    def _library_node(self, node: NodeProto) -> list[NodeProto]:
+        """The node as it is, its activations cast. TensorRT finds the plugin by the node's type and domain."""
+        made = NodeProto.FromString(node.SerializeToString())
+        before = []
+        for i, name in enumerate(ATTENTION_INPUTS):
+            if ATTENTION_FINISH.inputs[name] is Kind.DATA:
+                made.input[i] = f"{node.name}.{name}.{self.data}"
+                before.append(_cast(node.input[i], made.input[i], ELEMENTS[self.data]))
+        made.output[0] = f"{node.name}.output.{self.data}"
+        return [*before, made, _cast(made.output[0], node.output[0], TensorProto.FLOAT)]
 
     def _experts(self, node: NodeProto, attributes: dict[str, Attribute]) -> list[NodeProto]:
         tensors = dict(zip(EXPERTS_INPUTS, node.input, strict=True))

@@ -29,7 +29,7 @@ def serve(
     op: PluginOp, arch: int, launched: list[str], arrays: Iterable[Array], attributes: dict[str, Any]
 ) -> tuple[Array, ...]:
     """One node's outputs; the kernel's name goes into `launched`."""
-    inputs = {n: torch.from_numpy(np.array(a)) for n, a in zip(op.inputs, arrays, strict=True)}
+    inputs = {n: torch.from_numpy(np.array(a, order="C")) for n, a in zip(op.inputs, arrays, strict=True)}
     sizes = {name: tuple(tensor.shape) for name, tensor in inputs.items()}
     ranges = Ranges(inputs={n: tuple(Range(least=a, most=a) for a in shape) for n, shape in sizes.items()})
     data = {torch.float32: "fp32", torch.float16: "fp16"}[

@@ -33,10 +33,12 @@ int Code(const std::array<const char*, N>& words, const std::string& word) {
   return found == words.end() ? -1 : static_cast<int>(found - words.begin());
 }
 
-bool Serves(const Kernel& kernel, const Variant& variant, const Wanted& wanted, const std::vector<Argument>& arguments) {
+bool Serves(const Kernel& kernel, const Variant& variant, const Wanted& wanted,
+            const std::vector<Argument>& arguments) {
   for (const auto& [name, value] : wanted) {
     double found;
-    if (!variant.Find(name, &found) || std::abs(found - value) > kSameNumber * std::max(1.0, std::abs(value))) return false;
+    if (!variant.Find(name, &found) || std::abs(found - value) > kSameNumber * std::max(1.0, std::abs(value)))
+      return false;
   }
   for (size_t i = 0; i < kernel.parameter_count(); ++i) {
     if ((variant.aligned >> i & 1) != 0 && arguments[i].bits() % 16 != 0) return false;
@@ -52,7 +54,8 @@ const Kernel* Choose(const char* name, const char* data, const Wanted& wanted, c
     *variant = kernel.Pick(capability);
     if (*variant != nullptr && Serves(kernel, **variant, wanted, arguments)) return &kernel;
   }
-  *error = std::string("no binary of ") + name + " in " + data + " for compute capability " + std::to_string(capability) + " with";
+  *error = std::string("no binary of ") + name + " in " + data + " for compute capability " +
+           std::to_string(capability) + " with";
   for (const auto& [constant, value] : wanted) *error += std::string(" ") + constant + "=" + std::to_string(value);
   *error += ": add it to the catalogue and build the library again";
   return nullptr;
@@ -100,21 +103,27 @@ CUresult Decode(const Wanted& policy, double scale, const char* data, const Size
                 int64_t splits, int capability, void* workspace, CUstream stream, std::string* error) {
   const Partials at = Layout(sizes, splits);
   std::vector<Argument> partials;
-  for (size_t offset : {at.output, at.max, at.sum, at.count}) partials.push_back(Address(static_cast<char*>(workspace) + offset));
+  for (size_t offset : {at.output, at.max, at.sum, at.count})
+    partials.push_back(Address(static_cast<char*>(workspace) + offset));
   std::vector<Argument> split;
   for (int i = 0; i < 6; ++i) split.push_back(Address(tensors.inputs[i]));  // query to key_length
   for (int64_t scalar : {sizes.heads, sizes.kv_heads, sizes.capacity, splits}) split.push_back(Number(scalar));
   split.insert(split.end(), partials.begin(), partials.end());
   const double groups = static_cast<double>(sizes.groups), size = static_cast<double>(sizes.head_size);
-  const Wanted tile = {{"GROUPS", groups}, {"D", size}, {"SCALE", scale}, {"CAUSAL", 1},
+  const Wanted tile = {{"GROUPS", groups},
+                       {"D", size},
+                       {"SCALE", scale},
+                       {"CAUSAL", 1},
                        {"PITCH", static_cast<double>(PowerOfTwo(sizes.heads / sizes.kv_heads))}};
   std::vector<Argument> merge = partials;
-  for (int i : {4, 6, 7, 8, 9}) merge.push_back(Address(tensors.inputs[i]));  // position, first_row, policy, strength, bias
+  for (int i : {4, 6, 7, 8, 9})
+    merge.push_back(Address(tensors.inputs[i]));  // position, first_row, policy, strength, bias
   for (int64_t scalar : {sizes.heads, splits}) merge.push_back(Number(scalar));
   for (const void* output : tensors.outputs) merge.push_back(Address(output));
   const Variant* variant;
   const Kernel* first = Choose("decode_split", data, tile, split, capability, &variant, error);
-  const Kernel* second = first == nullptr ? nullptr : Choose("decode_merge", data, policy, merge, capability, &variant, error);
+  const Kernel* second =
+      first == nullptr ? nullptr : Choose("decode_merge", data, policy, merge, capability, &variant, error);
   if (second == nullptr) return CUDA_ERROR_NO_BINARY_FOR_GPU;
   const auto size_of = [](int64_t n) { return static_cast<unsigned>(n); };
   const Grid parts{size_of(splits), size_of(sizes.kv_heads), size_of(sizes.batch)};
@@ -145,7 +154,8 @@ CUresult Launch(const Attributes& attributes, const char* data, const Sizes& siz
   CUdevice device;
   if (CUresult status = CurrentCapability(&capability)) return status;
   if (CUresult status = cuCtxGetDevice(&device)) return status;
-  if (CUresult status = cuDeviceGetAttribute(&multiprocessors, CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, device)) return status;
+  if (CUresult status = cuDeviceGetAttribute(&multiprocessors, CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, device))
+    return status;
   const Wanted policy = {{"POLICY", Code(kPolicies, attributes.policy)},
                          {"STATISTIC", Code(kStatistics, attributes.statistic)},
                          {"GROUPS", static_cast<double>(sizes.groups)},

@@ -1,4 +1,5 @@
-// libmosear_trt_plugin.so: `mosear::ReallocatedAttention` for TensorRT 10 and 11, over the kernels of libmosear_kernels.
+// libmosear_trt_plugin.so: `mosear::ReallocatedAttention` for TensorRT 10 and 11, over the kernels of
+// libmosear_kernels.
 //
 // One node serves prefill (many rows: one launch) and decode (one row: a split and a merge, partial results in the
 // workspace). TensorRT loads it by IPluginRegistry::loadLibrary, or `trtexec --dynamicPlugins`.
@@ -42,22 +43,30 @@ void Say(const std::string& text) {
   }
 }
 
-const char* DataName(DataType type) { return type == DataType::kHALF ? "fp16" : type == DataType::kBF16 ? "bf16" : nullptr; }
+const char* DataName(DataType type) {
+  return type == DataType::kHALF ? "fp16" : type == DataType::kBF16 ? "bf16" : nullptr;
+}
 
 // Sizes from dimensions of query, key and group_bias.
 Sizes SizesOf(const Dims& query, const Dims& key, const Dims& bias) {
   return Sizes{query.d[0], query.d[1], query.d[2], query.d[3], key.d[1], key.d[2], bias.d[1]};
 }
 
-class Attention final : public IPluginV3, public IPluginV3OneCore, public IPluginV3OneBuild, public IPluginV3OneRuntime {
+class Attention final : public IPluginV3,
+                        public IPluginV3OneCore,
+                        public IPluginV3OneBuild,
+                        public IPluginV3OneRuntime {
  public:
   explicit Attention(Attributes attributes) : attributes_(std::move(attributes)) {}
 
   IPluginCapability* getCapabilityInterface(PluginCapabilityType type) noexcept override {
     switch (type) {
-      case PluginCapabilityType::kCORE: return static_cast<IPluginV3OneCore*>(this);
-      case PluginCapabilityType::kBUILD: return static_cast<IPluginV3OneBuild*>(this);
-      case PluginCapabilityType::kRUNTIME: return static_cast<IPluginV3OneRuntime*>(this);
+      case PluginCapabilityType::kCORE:
+        return static_cast<IPluginV3OneCore*>(this);
+      case PluginCapabilityType::kBUILD:
+        return static_cast<IPluginV3OneBuild*>(this);
+      case PluginCapabilityType::kRUNTIME:
+        return static_cast<IPluginV3OneRuntime*>(this);
     }
     return nullptr;
   }
@@ -80,15 +89,16 @@ class Attention final : public IPluginV3, public IPluginV3OneCore, public IPlugi
     return 0;
   }
 
-  int32_t getOutputDataTypes(DataType* out, int32_t outputs, const DataType* in, int32_t inputs) const noexcept override {
+  int32_t getOutputDataTypes(DataType* out, int32_t outputs, const DataType* in,
+                             int32_t inputs) const noexcept override {
     if (inputs != kInputs || outputs != kOutputs) return -1;
     out[0] = in[0];
     out[1] = out[2] = DataType::kFLOAT;
     return 0;
   }
 
-  int32_t getOutputShapes(const DimsExprs* in, int32_t inputs, const DimsExprs*, int32_t, DimsExprs* out, int32_t outputs,
-                          IExprBuilder&) noexcept override {
+  int32_t getOutputShapes(const DimsExprs* in, int32_t inputs, const DimsExprs*, int32_t, DimsExprs* out,
+                          int32_t outputs, IExprBuilder&) noexcept override {
     if (inputs != kInputs || outputs != kOutputs || in[0].nbDims != 4 || in[9].nbDims != 2) return -1;
     out[0] = in[0];
     out[1] = in[0];
@@ -103,9 +113,12 @@ class Attention final : public IPluginV3, public IPluginV3OneCore, public IPlugi
     const PluginTensorDesc& tensor = all[at].desc;
     if (tensor.format != TensorFormat::kLINEAR) return false;
     switch (kKinds[at]) {
-      case Kind::kInt32: return tensor.type == DataType::kINT32;
-      case Kind::kFloat: return tensor.type == DataType::kFLOAT;
-      case Kind::kData: return at == 0 ? DataName(tensor.type) != nullptr : tensor.type == all[0].desc.type;
+      case Kind::kInt32:
+        return tensor.type == DataType::kINT32;
+      case Kind::kFloat:
+        return tensor.type == DataType::kFLOAT;
+      case Kind::kData:
+        return at == 0 ? DataName(tensor.type) != nullptr : tensor.type == all[0].desc.type;
     }
     return false;
   }
@@ -116,7 +129,9 @@ class Attention final : public IPluginV3, public IPluginV3OneCore, public IPlugi
     return WorkspaceBytes(SizesOf(in[0].max, in[1].max, in[9].max), in[0].min.d[2]);
   }
 
-  int32_t onShapeChange(const PluginTensorDesc*, int32_t, const PluginTensorDesc*, int32_t) noexcept override { return 0; }
+  int32_t onShapeChange(const PluginTensorDesc*, int32_t, const PluginTensorDesc*, int32_t) noexcept override {
+    return 0;
+  }
 
   int32_t enqueue(const PluginTensorDesc* in, const PluginTensorDesc*, const void* const* inputs, void* const* outputs,
                   void* workspace, cudaStream_t stream) noexcept override try {
@@ -129,7 +144,8 @@ class Attention final : public IPluginV3, public IPluginV3OneCore, public IPlugi
     const CUresult status = Launch(attributes_, data, SizesOf(in[0].dims, in[1].dims, in[9].dims), tensors, workspace,
                                    reinterpret_cast<CUstream>(stream), &error);
     if (status == CUDA_SUCCESS) return 0;
-    Say(error.empty() ? "the driver refused a launch of ReallocatedAttention: status " + std::to_string(status) : error);
+    Say(error.empty() ? "the driver refused a launch of ReallocatedAttention: status " + std::to_string(status)
+                      : error);
     return -1;
   } catch (const std::bad_alloc&) {
     return -1;
@@ -138,9 +154,10 @@ class Attention final : public IPluginV3, public IPluginV3OneCore, public IPlugi
   IPluginV3* attachToContext(IPluginResourceContext*) noexcept override { return clone(); }
 
   const PluginFieldCollection* getFieldsToSerialize() noexcept override {
-    fields_ = {PluginField{"policy", attributes_.policy.data(), PluginFieldType::kCHAR, Length(attributes_.policy)},
-               PluginField{"statistic", attributes_.statistic.data(), PluginFieldType::kCHAR, Length(attributes_.statistic)},
-               PluginField{"scale", &attributes_.scale, PluginFieldType::kFLOAT32, 1}};
+    fields_ = {
+        PluginField{"policy", attributes_.policy.data(), PluginFieldType::kCHAR, Length(attributes_.policy)},
+        PluginField{"statistic", attributes_.statistic.data(), PluginFieldType::kCHAR, Length(attributes_.statistic)},
+        PluginField{"scale", &attributes_.scale, PluginFieldType::kFLOAT32, 1}};
     collection_ = {static_cast<int32_t>(fields_.size()), fields_.data()};
     return &collection_;
   }
@@ -167,7 +184,8 @@ bool Read(const PluginField& field, Attributes* attributes, std::string* error) 
     return true;
   }
   if (name == "plugin_namespace" || name == "plugin_version" || name == "aot") return true;  // for the parser
-  *error = "field '" + name + "' of ReallocatedAttention is unknown or of a wrong type: policy, statistic (text), scale (float)";
+  *error = "field '" + name +
+           "' of ReallocatedAttention is unknown or of a wrong type: policy, statistic (text), scale (float)";
   return false;
 }
 
@@ -187,8 +205,8 @@ class Creator final : public IPluginCreatorV3One {
       return nullptr;
     }
     if (!attributes.Valid()) {
-      Say("ReallocatedAttention has policy '" + attributes.policy + "', statistic '" + attributes.statistic + "', scale " +
-          std::to_string(attributes.scale) + ": off, balance or target; sum or mean; above 0");
+      Say("ReallocatedAttention has policy '" + attributes.policy + "', statistic '" + attributes.statistic +
+          "', scale " + std::to_string(attributes.scale) + ": off, balance or target; sum or mean; above 0");
       return nullptr;
     }
     return new Attention(attributes);

@@ -47,18 +47,24 @@ class Parser {
     Space();
     if (at_ >= text_.size() || depth > kDeepest) Fail();
     switch (text_[at_]) {
-      case '{': return Object(depth);
-      case '[': return List(depth);
+      case '{':
+        return Object(depth);
+      case '[':
+        return List(depth);
       case '"': {
         Json found;
         found.kind = Json::Kind::kText;
         found.text = Text();
         return found;
       }
-      case 't': return Word("true", Json::Kind::kBool, 1);
-      case 'f': return Word("false", Json::Kind::kBool, 0);
-      case 'n': return Word("null", Json::Kind::kNull, 0);
-      default: return Number();
+      case 't':
+        return Word("true", Json::Kind::kBool, 1);
+      case 'f':
+        return Word("false", Json::Kind::kBool, 0);
+      case 'n':
+        return Word("null", Json::Kind::kNull, 0);
+      default:
+        return Number();
     }
   }
 

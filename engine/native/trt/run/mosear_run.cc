@@ -1,7 +1,8 @@
 // mosear_run PLAN --inputs DIR [--outputs DIR] [--profile N] [--repeat N] [--plugin LIBRARY]
 //
-// Loads a plan from its engine folder, feeds DIR/<tensor>.npy, times it and writes the outputs. Before TensorRT sees a byte the
-// plan is compared with its manifest. TensorRT's library is opened when it is needed, so that this builds without it.
+// Loads a plan from its engine folder, feeds DIR/<tensor>.npy, times it and writes the outputs. Before TensorRT sees a
+// byte the plan is compared with its manifest. TensorRT's library is opened when it is needed, so that this builds
+// without it.
 #include <NvInferRuntime.h>
 #include <cuda.h>
 #include <dlfcn.h>
@@ -42,7 +43,8 @@ struct Options {
 int Count(const std::string& name, const std::string& text, int least) {
   char* end = nullptr;
   const long found = std::strtol(text.c_str(), &end, 10);
-  if (*end != '\0' || text.empty() || found < least || found > 1000000) Fail(name + " is '" + text + "': a number from " + std::to_string(least));
+  if (*end != '\0' || text.empty() || found < least || found > 1000000)
+    Fail(name + " is '" + text + "': a number from " + std::to_string(least));
   return static_cast<int>(found);
 }
 
@@ -57,12 +59,18 @@ Options Parse(int count, char** words) {
     }
     if (i + 1 == count) Fail(word + " wants a value\n" + kUsage);
     const std::string value = words[++i];
-    if (word == "--inputs") found.inputs = value;
-    else if (word == "--outputs") found.outputs = value;
-    else if (word == "--plugin") found.plugin = value;
-    else if (word == "--profile") found.profile = Count(word, value, 0);
-    else if (word == "--repeat") found.repeat = Count(word, value, 1);
-    else Fail(word + " is unknown\n" + kUsage);
+    if (word == "--inputs")
+      found.inputs = value;
+    else if (word == "--outputs")
+      found.outputs = value;
+    else if (word == "--plugin")
+      found.plugin = value;
+    else if (word == "--profile")
+      found.profile = Count(word, value, 0);
+    else if (word == "--repeat")
+      found.repeat = Count(word, value, 1);
+    else
+      Fail(word + " is unknown\n" + kUsage);
   }
   if (found.plan.empty() || found.inputs.empty()) Fail(kUsage);
   return found;
@@ -77,7 +85,8 @@ class Logger final : public nvinfer1::ILogger {
 // TensorRT's library of the headers' major version.
 struct Library {
   Library() : name("libnvinfer.so." + std::to_string(NV_TENSORRT_MAJOR)), handle(dlopen(name.c_str(), RTLD_NOW)) {
-    if (handle == nullptr) Fail(name + " cannot be opened (" + dlerror() + "): install TensorRT " + std::to_string(NV_TENSORRT_MAJOR));
+    if (handle == nullptr)
+      Fail(name + " cannot be opened (" + dlerror() + "): install TensorRT " + std::to_string(NV_TENSORRT_MAJOR));
   }
   template <typename Function>
   Function Find(const char* symbol) const {
@@ -87,7 +96,8 @@ struct Library {
   }
   std::string Version() const {
     const int number = Find<int (*)()>("getInferLibVersion")();
-    return std::to_string(number / 10000) + "." + std::to_string(number / 100 % 100) + "." + std::to_string(number % 100);
+    return std::to_string(number / 10000) + "." + std::to_string(number / 100 % 100) + "." +
+           std::to_string(number % 100);
   }
   std::string name;
   void* handle;
@@ -95,13 +105,20 @@ struct Library {
 
 std::string KindOf(nvinfer1::DataType type) {
   switch (type) {
-    case nvinfer1::DataType::kFLOAT: return "f4";
-    case nvinfer1::DataType::kHALF: return "f2";
-    case nvinfer1::DataType::kINT32: return "i4";
-    case nvinfer1::DataType::kINT64: return "i8";
-    case nvinfer1::DataType::kUINT8: return "u1";
-    case nvinfer1::DataType::kBOOL: return "b1";
-    default: Fail("a tensor has a type that .npy does not know: cast it to fp32 in the graph");
+    case nvinfer1::DataType::kFLOAT:
+      return "f4";
+    case nvinfer1::DataType::kHALF:
+      return "f2";
+    case nvinfer1::DataType::kINT32:
+      return "i4";
+    case nvinfer1::DataType::kINT64:
+      return "i8";
+    case nvinfer1::DataType::kUINT8:
+      return "u1";
+    case nvinfer1::DataType::kBOOL:
+      return "b1";
+    default:
+      Fail("a tensor has a type that .npy does not know: cast it to fp32 in the graph");
   }
 }
 
@@ -116,7 +133,8 @@ struct Memory {
 
 using Tensors = std::map<std::string, std::unique_ptr<Memory>>;
 
-void Feed(nvinfer1::ICudaEngine& engine, nvinfer1::IExecutionContext& context, const fs::path& folder, Tensors& memory) {
+void Feed(nvinfer1::ICudaEngine& engine, nvinfer1::IExecutionContext& context, const fs::path& folder,
+          Tensors& memory) {
   for (int i = 0; i < engine.getNbIOTensors(); ++i) {
     const char* name = engine.getIOTensorName(i);
     if (engine.getTensorIOMode(name) != nvinfer1::TensorIOMode::kINPUT) continue;
@@ -133,7 +151,8 @@ void Feed(nvinfer1::ICudaEngine& engine, nvinfer1::IExecutionContext& context, c
   }
 }
 
-std::map<std::string, Array> Outputs(nvinfer1::ICudaEngine& engine, nvinfer1::IExecutionContext& context, Tensors& memory) {
+std::map<std::string, Array> Outputs(nvinfer1::ICudaEngine& engine, nvinfer1::IExecutionContext& context,
+                                     Tensors& memory) {
   std::map<std::string, Array> found;
   for (int i = 0; i < engine.getNbIOTensors(); ++i) {
     const char* name = engine.getIOTensorName(i);
@@ -192,7 +211,8 @@ int Run(const Options& options) {
   const std::vector<char> plan(std::istreambuf_iterator<char>(file), {});
   Logger logger;
   const auto create = library.Find<void* (*)(void*, int32_t)>("createInferRuntime_INTERNAL");
-  const std::unique_ptr<nvinfer1::IRuntime> runtime(static_cast<nvinfer1::IRuntime*>(create(&logger, NV_TENSORRT_VERSION)));
+  const std::unique_ptr<nvinfer1::IRuntime> runtime(
+      static_cast<nvinfer1::IRuntime*>(create(&logger, NV_TENSORRT_VERSION)));
   if (runtime == nullptr) Fail("TensorRT's runtime cannot be made");
   if (!options.plugin.empty() && runtime->getPluginRegistry().loadLibrary(options.plugin.c_str()) == nullptr) {
     Fail(options.plugin.string() + " cannot be loaded as a plugin library");
@@ -203,7 +223,8 @@ int Run(const Options& options) {
   CUstream stream;
   Check(cuStreamCreate(&stream, CU_STREAM_NON_BLOCKING), "stream");
   if (!context->setOptimizationProfileAsync(options.profile, reinterpret_cast<cudaStream_t>(stream))) {
-    Fail("--profile is " + std::to_string(options.profile) + ": the plan has " + std::to_string(engine->getNbOptimizationProfiles()));
+    Fail("--profile is " + std::to_string(options.profile) + ": the plan has " +
+         std::to_string(engine->getNbOptimizationProfiles()));
   }
   Check(cuStreamSynchronize(stream), "profile");
   Tensors memory;
@@ -211,8 +232,11 @@ int Run(const Options& options) {
   std::map<std::string, Array> outputs = Outputs(*engine, *context, memory);
   std::vector<float> times = Time(*context, stream, options.repeat);
   std::sort(times.begin(), times.end());
-  const auto quantile = [&](double share) { return times[static_cast<size_t>(share * static_cast<double>(times.size() - 1) + 0.5)]; };
-  std::printf("n %zu, p50 %.3f ms, p90 %.3f ms, p99 %.3f ms\n", times.size(), quantile(0.5), quantile(0.9), quantile(0.99));
+  const auto quantile = [&](double share) {
+    return times[static_cast<size_t>(share * static_cast<double>(times.size() - 1) + 0.5)];
+  };
+  std::printf("n %zu, p50 %.3f ms, p90 %.3f ms, p99 %.3f ms\n", times.size(), quantile(0.5), quantile(0.9),
+              quantile(0.99));
   for (auto& [name, array] : outputs) {
     if (options.outputs.empty()) break;
     Check(cuMemcpyDtoH(array.bytes.data(), memory[name]->address, array.bytes.size()), name.c_str());
@@ -224,9 +248,7 @@ int Run(const Options& options) {
 
 }  // namespace
 
-int main(int count, char** words) try {
-  return Run(Parse(count, words));
-} catch (const std::exception& error) {
+int main(int count, char** words) try { return Run(Parse(count, words)); } catch (const std::exception& error) {
   std::fprintf(stderr, "mosear_run: %s\n", error.what());
   return EXIT_FAILURE;
 }

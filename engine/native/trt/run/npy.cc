@@ -50,7 +50,8 @@ Array ReadNpy(const std::filesystem::path& path) {
     found.shape.push_back(std::stoll(at->str()));
   }
   found.bytes.assign(std::istreambuf_iterator<char>(file), {});
-  if (found.bytes.size() != Count(found) * ItemBytes(found)) Refuse(path, "holds fewer or more bytes than its shape says");
+  if (found.bytes.size() != Count(found) * ItemBytes(found))
+    Refuse(path, "holds fewer or more bytes than its shape says");
   return found;
 }
 

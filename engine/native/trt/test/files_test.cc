@@ -21,7 +21,8 @@ int main(int count, char** words) try {
     std::stringstream text;
     text << file.rdbuf();
     const mosear::run::Json found = mosear::run::ParseJson(text.str());
-    std::printf("%s|%g|%zu|%s\n", found["a"]["b"].text.c_str(), found["n"].number, found["list"].list.size(), found["gone"]["x"].text.c_str());
+    std::printf("%s|%g|%zu|%s\n", found["a"]["b"].text.c_str(), found["n"].number, found["list"].list.size(),
+                found["gone"]["x"].text.c_str());
   }
   return 0;
 } catch (const std::runtime_error& error) {

@@ -46,8 +46,12 @@ class Numbers final : public IExprBuilder, public apiv::VExprBuilder {
     made_.push_back(std::make_unique<Number>(value));
     return made_.back().get();
   }
-  const IDimensionExpr* operation(DimensionOperation, const IDimensionExpr&, const IDimensionExpr&) override { return nullptr; }
-  const IDimensionExpr* declareSizeTensor(int32_t, const IDimensionExpr&, const IDimensionExpr&) override { return nullptr; }
+  const IDimensionExpr* operation(DimensionOperation, const IDimensionExpr&, const IDimensionExpr&) override {
+    return nullptr;
+  }
+  const IDimensionExpr* declareSizeTensor(int32_t, const IDimensionExpr&, const IDimensionExpr&) override {
+    return nullptr;
+  }
 
  private:
   std::vector<std::unique_ptr<Number>> made_;
@@ -63,15 +67,35 @@ class Words final : public ILogger, public ILoggerFinder {
 constexpr int64_t kBatch = 3, kHeads = 9, kKvHeads = 3, kSize = 64, kCapacity = 1024, kGroups = 3;
 
 std::vector<Dims> Shapes(int64_t rows) {
-  return {Dims4(kBatch, kHeads, rows, kSize), Dims4(kBatch, kKvHeads, kCapacity, kSize), Dims4(kBatch, kKvHeads, kCapacity, kSize),
-          Dims2(kBatch, kCapacity), Dims2(kBatch, rows), Dims{1, {kBatch}}, Dims{1, {kBatch}}, Dims2(kHeads, 8),
-          Dims{1, {kBatch}}, Dims2(kBatch, kGroups), Dims4(kBatch, kHeads, rows, kSize), Dims4(kBatch, kHeads, rows, kGroups),
+  return {Dims4(kBatch, kHeads, rows, kSize),
+          Dims4(kBatch, kKvHeads, kCapacity, kSize),
+          Dims4(kBatch, kKvHeads, kCapacity, kSize),
+          Dims2(kBatch, kCapacity),
+          Dims2(kBatch, rows),
+          Dims{1, {kBatch}},
+          Dims{1, {kBatch}},
+          Dims2(kHeads, 8),
+          Dims{1, {kBatch}},
+          Dims2(kBatch, kGroups),
+          Dims4(kBatch, kHeads, rows, kSize),
+          Dims4(kBatch, kHeads, rows, kGroups),
           Dims4(kBatch, kHeads, rows, kGroups)};
 }
 
 std::vector<DynamicPluginTensorDesc> Described(int64_t rows, DataType data) {
-  const DataType kinds[] = {data, data, data, DataType::kINT32, DataType::kINT32, DataType::kINT32, DataType::kINT32,
-                            DataType::kFLOAT, DataType::kFLOAT, DataType::kFLOAT, data, DataType::kFLOAT, DataType::kFLOAT};
+  const DataType kinds[] = {data,
+                            data,
+                            data,
+                            DataType::kINT32,
+                            DataType::kINT32,
+                            DataType::kINT32,
+                            DataType::kINT32,
+                            DataType::kFLOAT,
+                            DataType::kFLOAT,
+                            DataType::kFLOAT,
+                            data,
+                            DataType::kFLOAT,
+                            DataType::kFLOAT};
   std::vector<DynamicPluginTensorDesc> found;
   for (const Dims& shape : Shapes(rows)) {
     found.push_back({PluginTensorDesc{shape, kinds[found.size()], TensorFormat::kLINEAR, 1.0F}, shape, shape, shape});
@@ -104,7 +128,8 @@ std::vector<PluginField> Fields(const char* policy, const char* statistic, const
 
 void TestDescriptions(Plugin& plugin) {
   EXPECT(std::string(plugin.core->getPluginName()) == "ReallocatedAttention");
-  EXPECT(std::string(plugin.core->getPluginNamespace()) == "mosear" && std::string(plugin.core->getPluginVersion()) == "1");
+  EXPECT(std::string(plugin.core->getPluginNamespace()) == "mosear" &&
+         std::string(plugin.core->getPluginVersion()) == "1");
   EXPECT(plugin.build->getNbOutputs() == 3);
   std::vector<DynamicPluginTensorDesc> all = Described(5, DataType::kBF16);
   DataType in[10], out[3];
@@ -116,7 +141,8 @@ void TestDescriptions(Plugin& plugin) {
   DimsExprs shapes[10], made[3];
   for (int i = 0; i < 10; ++i) {
     shapes[i].nbDims = all[i].desc.dims.nbDims;
-    for (int j = 0; j < shapes[i].nbDims; ++j) shapes[i].d[j] = static_cast<IExprBuilder&>(numbers).constant(all[i].desc.dims.d[j]);
+    for (int j = 0; j < shapes[i].nbDims; ++j)
+      shapes[i].d[j] = static_cast<IExprBuilder&>(numbers).constant(all[i].desc.dims.d[j]);
   }
   EXPECT(plugin.build->getOutputShapes(shapes, 10, nullptr, 0, made, 3, numbers) == 0);
   for (int o = 0; o < 3; ++o) {
@@ -150,7 +176,9 @@ void TestFormats(Plugin& plugin) {
 // What a call launches on the stand-in; the last launch is compared.
 void TestLaunches(Plugin& plugin, Words& words) {
   std::vector<char> memory(1 << 22);
-  const auto at = [&](size_t offset) { return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(memory.data()) + 256 + offset) / 256 * 256); };
+  const auto at = [&](size_t offset) {
+    return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(memory.data()) + 256 + offset) / 256 * 256);
+  };
   const void* inputs[10];
   void* outputs[3];
   for (int i = 0; i < 10; ++i) inputs[i] = at(4096 * static_cast<size_t>(i));
@@ -179,7 +207,8 @@ void TestLaunches(Plugin& plugin, Words& words) {
     EXPECT(words.last.find("status 719") != std::string::npos);
     in[0].dims.d[3] = 96;
     EXPECT(plugin.run->enqueue(in.data(), in.data() + 10, inputs, outputs, at(131072), nullptr) != 0);
-    EXPECT(words.last.find("D=96") != std::string::npos && words.last.find("add it to the catalogue") != std::string::npos);
+    EXPECT(words.last.find("D=96") != std::string::npos &&
+           words.last.find("add it to the catalogue") != std::string::npos);
   }
 }
 
@@ -210,14 +239,17 @@ void TestFields(IPluginCreatorV3One* creator, Words& words) {
   const PluginFieldCollection* again = second.run->getFieldsToSerialize();
   EXPECT(kept->nbFields == 3 && again->nbFields == 3);
   for (int i = 0; i < 3; ++i) {
-    EXPECT(std::strcmp(kept->fields[i].name, again->fields[i].name) == 0 && kept->fields[i].length == again->fields[i].length);
+    EXPECT(std::strcmp(kept->fields[i].name, again->fields[i].name) == 0 &&
+           kept->fields[i].length == again->fields[i].length);
     const size_t bytes = i == 2 ? sizeof(float) : static_cast<size_t>(kept->fields[i].length);
     EXPECT(std::memcmp(kept->fields[i].data, again->fields[i].data, bytes) == 0);
   }
   std::unique_ptr<IPluginV3> copy(second.whole->clone());
   EXPECT(copy != nullptr && copy.get() != second.whole.get());
-  EXPECT(Create(creator, Fields("balanced", "sum", &scale)) == nullptr && words.last.find("policy 'balanced'") != std::string::npos);
-  EXPECT(Create(creator, Fields("off", "median", &scale)) == nullptr && words.last.find("statistic 'median'") != std::string::npos);
+  EXPECT(Create(creator, Fields("balanced", "sum", &scale)) == nullptr &&
+         words.last.find("policy 'balanced'") != std::string::npos);
+  EXPECT(Create(creator, Fields("off", "median", &scale)) == nullptr &&
+         words.last.find("statistic 'median'") != std::string::npos);
   EXPECT(Create(creator, Fields("off", "sum", &wrong)) == nullptr && words.last.find("above 0") != std::string::npos);
   EXPECT(Create(creator, {}) == nullptr);
   std::vector<PluginField> fields = Fields("off", "sum", &scale);

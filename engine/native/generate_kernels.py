@@ -1,4 +1,4 @@
-"""Compiles what the native libraries embed, for CMake: export.py OUT ARCHS (comma-separated)."""
+"""Compiles what the native libraries embed, for CMake: generate_kernels.py OUT ARCHS (comma-separated)."""
 
 import sys
 from pathlib import Path
@@ -13,4 +13,4 @@ if __name__ == "__main__":
     try:
         export_kernels(parse_archs(sys.argv[2]), Path(sys.argv[1]), print, modules=(*MODULES, PLUGIN_CASES))
     except MosearError as error:
-        sys.exit(f"export.py: {error}")
+        sys.exit(f"generate_kernels.py: {error}")
