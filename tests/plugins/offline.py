@@ -12,7 +12,7 @@ from typing import Any
 
 import tensorrt as trt
 import tensorrt.plugin as trtp
-from plugin_cases import CASES, NodeCase, worth
+from plugin_cases import BOUND, NodeCase, worth
 from tensorrt_bindings.plugin import _lib, _tensor
 from tensorrt_bindings.plugin._plugin_class import _TemplateAOTPlugin
 
@@ -152,8 +152,8 @@ def main(arch: int) -> dict[str, Any]:
         }
         for name, found in _lib.QDP_REGISTRY.items()
     }  # fmt: skip
-    cases = {name: drive(case, trt.bfloat16) for name, case in CASES.items()}
-    some = CASES["AttentionFinish decode D64"]
+    cases = {name: drive(case, trt.bfloat16) for name, case in BOUND.items()}
+    some = BOUND["AttentionFinish decode D64"]
     return {
         "version": trt.__version__, "early": early, "registered": registered, "cases": cases,
         "fp16": drive(some, trt.float16), "fp32": drive(some, trt.float32),

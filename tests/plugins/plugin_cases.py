@@ -124,3 +124,5 @@ CASES: dict[str, NodeCase] = {
         if (kind, layers) != ("prefill", "two")
     },
 }  # fmt: skip
+# Those that are driven through the bindings: the one left out compiles its largest tile to find that it takes too much memory.
+BOUND = {name: case for name, case in CASES.items() if name != "AttentionFinish prefill D128"}

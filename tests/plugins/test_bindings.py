@@ -4,7 +4,7 @@ from typing import Any
 
 import bindings
 import pytest
-from plugin_cases import CASES, NodeCase
+from plugin_cases import BOUND, NodeCase
 
 from mosear.kernels.plugins.op import Arithmetic, Site, Tactic
 
@@ -22,7 +22,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> Any:  # Any: JSON
 def test_definitions_register(told: Any) -> None:
     """Inputs, attributes with their types and the number of outputs are those of the definitions; each has a kernel."""
     assert told["version"].startswith("11.")
-    ops = {case.op.name: case.op for case in CASES.values()}
+    ops = {case.op.name: case.op for case in BOUND.values()}
     assert set(told["registered"]) == {f"mosear::{name}" for name in ops}
     for name, op in ops.items():
         found = told["registered"][f"mosear::{name}"]
@@ -39,10 +39,10 @@ def test_what_is_wrong_is_refused(told: Any) -> None:
     assert "KernelError: AttentionSplit has no tactic 7: `autotune` listed [" in refused["tactic"]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", BOUND)
 def test_types_and_formats(name: str, told: Any) -> None:
     """One combination: the network's types, all linear."""
-    case, found = CASES[name], told["cases"][name]
+    case, found = BOUND[name], told["cases"][name]
     assert found["types"] == [KINDS[kind] for kind in case.op.outputs.values()]
     wanted = [KINDS[kind] for kind in (*case.op.inputs.values(), *case.op.outputs.values())]
     assert found["formats"] == [[kind, "TensorFormat.LINEAR"] for kind in wanted]
@@ -54,10 +54,10 @@ def test_types_follow_the_network(told: Any) -> None:
         assert told[data]["tactics"][0]["name"] == "decode_merge"
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", BOUND)
 def test_symbols_are_worth_what_the_launcher_computes(name: str, told: Any) -> None:
     """Shapes, grids and scalars as symbols, evaluated at each call, beside plain numbers (test_launches: the launchers')."""
-    case, found = CASES[name], told["cases"][name]
+    case, found = BOUND[name], told["cases"][name]
     site = Site(arch=ARCH, data="bf16", attributes=case.attributes)
     for i, call in enumerate(case.calls):
         sizes = case.at(call)
@@ -77,7 +77,7 @@ def candidate_geometries(case: NodeCase, site: Site, i: int) -> set[tuple[tuple[
     return {(tuple(g.grid), tuple(g.scalars)) for g in geometries}
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", BOUND)
 def test_a_tactics_number_names_one_kernel(name: str, told: Any) -> None:
     """Over all nodes and profiles: TensorRT keeps kernels of both profiles under their tactics' numbers."""
     kernels: dict[int, set[str]] = {}

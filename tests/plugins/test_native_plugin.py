@@ -47,7 +47,9 @@ def configure(build: Path, *options: str, path: str = "") -> str:
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A build folder, with the plugin's kernels for one chip."""
     folder = tmp_path_factory.mktemp("native_plugin")
-    kernels = export_kernels((90,), folder, print, data=("bf16",), modules=("mosear.kernels.plugins.cases",))
+    kernels = export_kernels(
+        (90,), folder, print, labels=("demo plugin",), data=("bf16",), modules=("mosear.kernels.plugins.cases",)
+    )
     assert "mosear_trt_plugin: headers of TensorRT in " in configure(folder / "build", f"-DMOSEAR_KERNELS={kernels}")
     targets = ("mosear_trt_plugin_test", "mosear_trt_plugin", "mosear_run", "mosear_run_files_test")
     done = call(str(CMAKE), "--build", folder / "build", "-j", "2", "--target", *targets)
