@@ -76,12 +76,17 @@ def table(
             f'{{"{p["name"]}", {p["size"]}, {"true" if p["type"].startswith("*") else "false"}}}' for p in own
         )
         lines.append(f"constexpr Parameter kParameters{i}[] = {{{parameters}}};")
+        ordered = sorted(members, key=lambda member: int(member[0]["arch"]))
+        for row, _ in ordered:
+            constants = ", ".join(f'{{"{name}", {float(value)!r}}}' for name, value in row["constants"].items())
+            lines.append(f"constexpr Constant kConstants{i}_{row['arch']}[] = {{{constants}}};")
         lines.append(f"constexpr Variant kVariants{i}[] = {{")
-        for row, case in sorted(members, key=lambda member: int(member[0]["arch"])):
+        for row, case in ordered:
             aligned = sum(1 << bit for bit, p in enumerate(own) if row["parameters"][bit]["aligned"])
             lines.append(
                 f'    {{{row["arch"]}, {images[row["cubin"]]}, "{row["symbol"]}", '
-                f"{{{', '.join(map(str, case['grid']))}}}, {32 * row['warps']}, {row['shared_bytes']}, {aligned:#x}}},"
+                f"{{{', '.join(map(str, case['grid']))}}}, {32 * row['warps']}, {row['shared_bytes']}, {aligned:#x}, "
+                f"kConstants{i}_{row['arch']}, {len(row['constants'])}}},"
             )
         lines.append("};")
         entries.append(

@@ -78,6 +78,10 @@ CUresult cuCtxGetDevice(CUdevice* device) {
 }
 
 CUresult cuDeviceGetAttribute(int* value, CUdevice_attribute attribute, CUdevice) {
+  if (attribute == CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT) {
+    *value = 132;
+    return CUDA_SUCCESS;
+  }
   *value = attribute == CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR ? Capability() / 10 : Capability() % 10;
   return CUDA_SUCCESS;
 }
@@ -128,5 +132,25 @@ CUresult cuLaunchKernel(CUfunction function, unsigned x, unsigned y, unsigned z,
   std::memcpy(&last_launch.values[0], parameters[0], 8);
   return CUDA_SUCCESS;
 }
+
+// What the runner calls beside: a device is there, and nothing on it works.
+CUresult cuInit(unsigned) { return CUDA_SUCCESS; }
+CUresult cuDeviceGet(CUdevice* device, int) {
+  *device = 0;
+  return CUDA_SUCCESS;
+}
+CUresult cuDevicePrimaryCtxRetain(CUcontext*, CUdevice) { return CUDA_ERROR_NO_DEVICE; }
+CUresult cuCtxSetCurrent(CUcontext) { return CUDA_ERROR_NO_DEVICE; }
+CUresult cuMemAlloc(CUdeviceptr*, size_t) { return CUDA_ERROR_NO_DEVICE; }
+CUresult cuMemFree(CUdeviceptr) { return CUDA_ERROR_NO_DEVICE; }
+CUresult cuMemcpyHtoD(CUdeviceptr, const void*, size_t) { return CUDA_ERROR_NO_DEVICE; }
+CUresult cuMemcpyDtoH(void*, CUdeviceptr, size_t) { return CUDA_ERROR_NO_DEVICE; }
+CUresult cuStreamCreate(CUstream*, unsigned) { return CUDA_ERROR_NO_DEVICE; }
+CUresult cuStreamSynchronize(CUstream) { return CUDA_ERROR_NO_DEVICE; }
+CUresult cuEventCreate(CUevent*, unsigned) { return CUDA_ERROR_NO_DEVICE; }
+CUresult cuEventRecord(CUevent, CUstream) { return CUDA_ERROR_NO_DEVICE; }
+CUresult cuEventSynchronize(CUevent) { return CUDA_ERROR_NO_DEVICE; }
+CUresult cuEventElapsedTime(float*, CUevent, CUevent) { return CUDA_ERROR_NO_DEVICE; }
+CUresult cuEventDestroy(CUevent) { return CUDA_ERROR_NO_DEVICE; }
 
 }  // extern "C"

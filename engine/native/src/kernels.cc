@@ -22,18 +22,6 @@ std::map<std::pair<unsigned long long, const Variant*>, CUfunction>& Cache() {
   return *cache;  // never destroyed: a launch may come while statics end
 }
 
-CUresult Capability(int* capability) {
-  CUdevice device;
-  if (CUresult status = cuCtxGetDevice(&device)) return status;
-  int major, minor;
-  if (CUresult status = cuDeviceGetAttribute(&major, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, device))
-    return status;
-  if (CUresult status = cuDeviceGetAttribute(&minor, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, device))
-    return status;
-  *capability = 10 * major + minor;
-  return CUDA_SUCCESS;
-}
-
 CUresult Load(const Variant& variant, CUfunction* function) {
   CUmodule module;
   if (CUresult status = cuModuleLoadData(&module, variant.image)) return status;
@@ -62,6 +50,27 @@ CUresult Find(const Variant& variant, CUfunction* function) {
 
 }  // namespace
 
+CUresult CurrentCapability(int* capability) {
+  CUdevice device;
+  if (CUresult status = cuCtxGetDevice(&device)) return status;
+  int major, minor;
+  if (CUresult status = cuDeviceGetAttribute(&major, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, device))
+    return status;
+  if (CUresult status = cuDeviceGetAttribute(&minor, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, device))
+    return status;
+  *capability = 10 * major + minor;
+  return CUDA_SUCCESS;
+}
+
+bool Variant::Find(std::string_view constant, double* value) const {
+  for (size_t i = 0; i < constant_count; ++i) {
+    if (constant != constants[i].name) continue;
+    *value = constants[i].value;
+    return true;
+  }
+  return false;
+}
+
 const Variant* Kernel::Pick(int capability) const {
   const Variant* best = nullptr;
   for (size_t i = 0; i < variant_count_; ++i) {
@@ -84,7 +93,7 @@ CUresult Kernel::Launch(CUstream stream, Grid grid, const std::vector<Argument>&
 
 CUresult Kernel::LaunchOn(CUstream stream, const Grid* asked, const std::vector<Argument>& arguments) const try {
   int capability;
-  if (CUresult status = Capability(&capability)) return status;
+  if (CUresult status = CurrentCapability(&capability)) return status;
   const Variant* variant = Pick(capability);
   if (variant == nullptr) return CUDA_ERROR_NO_BINARY_FOR_GPU;
   if (arguments.size() != parameter_count_) return CUDA_ERROR_INVALID_VALUE;

@@ -28,6 +28,12 @@ struct Grid {
   unsigned x, y, z;
 };
 
+// One of the numbers that a kernel was compiled with, such as BLOCK_M; a truth value is 1 or 0.
+struct Constant {
+  const char* name;
+  double value;
+};
+
 // A binary for one architecture: 80 to 89 run on the same major and no lower minor, 90 and above on that chip alone.
 struct Variant {
   int arch;
@@ -37,6 +43,11 @@ struct Variant {
   unsigned threads;
   unsigned shared_bytes;  // dynamic
   uint64_t aligned;       // bit i: parameter i must be a multiple of 16
+  const Constant* constants;
+  size_t constant_count;
+
+  // The constant of that name; false where there is none.
+  bool Find(std::string_view constant, double* value) const;
 };
 
 // What is passed for one parameter.
@@ -95,6 +106,9 @@ class Kernel {
   const Variant* variants_;
   size_t variant_count_;
 };
+
+// Compute capability of the current context's device, 90 for 9.0.
+CUresult CurrentCapability(int* capability);
 
 // All kernels, in order of name, element type and label.
 struct KernelList {
