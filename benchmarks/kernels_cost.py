@@ -92,18 +92,28 @@ def _agree(code: float, tiles: float, case: Case) -> bool:
 def _pieces(turns: Mapping[str, float], analysed: Mapping[str, Any]) -> list[tuple[float, Mapping[str, Any]]]:
     """Each piece of the code and how often a program runs it.
 
-    Of what was moved out of a loop, copies of one `for` share the lines: it counts by the share of copies that turn.
+    What lies outside loops: once, but never where all ways through it lead to or from loops that the program does not turn
+    (it went another way); a side of an `if` that was moved out of a loop by the share of the loop's turns that take it.
     """
     found: list[tuple[float, Mapping[str, Any]]] = []
-    for place, work in analysed["straight"].items():
-        keys = [loop["key"] for loop in analysed["loops"] if loop["header"] == place]
-        share = sum(turns.get(key, 0.0) > 0 for key in keys) / len(keys) if keys else 1.0
-        found.append((turns.get(place, share), work))
+    everything = {loop["key"] for loop in analysed["loops"]}
+    for passage in analysed["passages"]:
+        keys = set(passage["loops"])
+        times = float(keys in (set(), everything) or any(turns.get(key, 0.0) > 0 for key in keys))
+        if times and passage["arm"]:
+            times = _share(turns, [key for key in keys if key.startswith(passage["header"])], passage["arm"])
+        found.append((times, passage["work"]))
     for loop in analysed["loops"]:
         key = loop["key"]
         found.append((turns.get(key, 0.0), loop["common"]))
         found += [(turns.get(f"{key}|{arm}", turns.get(key, 0.0)), work) for arm, work in loop["arms"].items()]
     return found
+
+
+def _share(turns: Mapping[str, float], keys: Sequence[str], arm: str) -> float:
+    """Part of the turns of loops that take an arm; 1 where nothing says so."""
+    every = sum(turns.get(key, 0.0) for key in keys)
+    return sum(turns.get(f"{key}|{arm}", turns.get(key, 0.0)) for key in keys) / every if every else 1.0
 
 
 def compute(archs: Sequence[int], say: Callable[[str], None]) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ UNROLLED = 8  # expand's loop over splits says so itself
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Programs:
     """`count` programs of a grid that do the same: turns of each loop by key (kernels_cycles.LoopWork), `key|arm` for what
-    stands in an arm of an `if` in it, an arm's test for one outside loops; multiply-adds on tensor cores, with padding."""
+    stands in an arm of an `if` in it; multiply-adds on tensor cores, with padding."""
 
     count: int
     turns: Mapping[str, float]
@@ -134,7 +134,7 @@ def _one_group(case: Case) -> list[bool]:
 
 
 SWEEP, WEIGHTED = "_sweep: tile in tl.range(first, last)", "_weighted_sweep: tile in tl.range(first, last)"
-UNIFORM, STILL = "one >= 0", "not moves"
+UNIFORM = "one >= 0"
 
 
 def _plain_prefill(case: Case) -> list[Programs]:
@@ -163,7 +163,7 @@ def _prefill(case: Case) -> list[Programs]:
             f"{WEIGHTED}[]#0": (0, whole if moves else 0),
             f"{WEIGHTED}[MASKED]#0": (whole, last if moves else whole),
         }
-        turns: dict[str, float] = {STILL: not moves, f"not {STILL}": moves}
+        turns: dict[str, float] = {}
         for key, (first, end) in spans.items():
             turns[key] = end - first
             turns[f"{key}|{UNIFORM}"] = sum(one[first:end])

@@ -93,21 +93,17 @@ class For:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """What a kernel's file says of lines: its loops, and the sides of the ifs outside them that are decided at run time."""
+    """What a kernel's file says of lines: its loops."""
 
     loops: tuple[For, ...]
-    arms: tuple[Arm, ...]
 
 
 def read_source(text: str) -> Source:
-    """Loops and ifs of a source file. A name in capitals is a constant; `tl.static_range` is no loop."""
-    loops, arms = [], []
+    """Loops of a source file, and the ifs in them. A name in capitals is a constant; `tl.static_range` is no loop."""
+    loops = []
     for function in ast.walk(ast.parse(text)):
         if not isinstance(function, ast.FunctionDef):
             continue
-        arms += [
-            arm for node in function.body if isinstance(node, ast.If) for arm in _arms(node) if not _constant(node)
-        ]
         for node in ast.walk(function):
             if isinstance(node, ast.For) and "static_range" not in ast.unparse(node.iter):
                 ifs = [child for child in node.body if isinstance(child, ast.If)]
@@ -122,7 +118,7 @@ def read_source(text: str) -> Source:
                         arms=tuple(arm for child in ifs if not _constant(child) for arm in _arms(child)),
                     )
                 )
-    return Source(loops=tuple(sorted(loops, key=lambda loop: loop.first)), arms=tuple(arms))
+    return Source(loops=tuple(sorted(loops, key=lambda loop: loop.first)))
 
 
 def _constant(node: ast.If) -> bool:
@@ -151,17 +147,20 @@ class LoopWork:
     arms: Mapping[str, Work]
 
 
-def analyse(code: Code, source: Source, chip: Chip) -> tuple[dict[str, Work], list[LoopWork]]:
-    """Code outside loops by where its lines stand, and each innermost loop in order of address.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Passage:
+    """Code outside loops. `loops`: keys of those that lie on some way through it; `header` and `arm`: of which loop's source
+    it is a part (a prologue, a peeled turn), and of which side of an `if` in it."""
 
-    Outside loops: `` what every program runs, a loop's header what was moved out of it (prologues, peeled turns), an
-    arm's test what stands in it.
-    """
+    loops: tuple[str, ...]
+    header: str
+    arm: str
+    work: Work
+
+
+def analyse(code: Code, source: Source, chip: Chip) -> tuple[list[Passage], list[LoopWork]]:
+    """Code outside loops, and each innermost loop in order of address."""
     owner = innermost(code.loops, len(code.instructions))
-    straight: dict[str, Work] = {}
-    for at, instruction in enumerate(code.instructions):
-        if owner[at] < 0 and at in code.reached:
-            straight.setdefault(_place_of(instruction.line, source), Work()).add(instruction, chip)
     copies, found = Counter[str](), []
     for index in range(len(code.loops)):
         inside = [at for at in range(len(code.instructions)) if owner[at] == index]
@@ -180,25 +179,37 @@ def analyse(code: Code, source: Source, chip: Chip) -> tuple[dict[str, Work], li
             for at in block:
                 (work.arms[arm] if arm else work.common).add(code.instructions[at], chip)
         found.append(work)
-    return straight, found
+    passages: dict[tuple[tuple[str, ...], str, str], Work] = {}
+    outside = [at for at in range(len(code.instructions)) if owner[at] < 0 and at in code.reached]
+    for block in _blocks(code, outside):
+        keys = tuple(found[index].key for index in sorted(code.beside[block[0]]))
+        lines = [code.instructions[at].line for at in block]
+        home = _home_of(lines, source)
+        arm = _arm_of(lines, home) if home else None
+        passage = passages.setdefault((keys, home.header if home else "", arm or ""), Work())
+        for at in block:
+            passage.add(code.instructions[at], chip)
+    return [Passage(loops=k, header=h, arm=a, work=w) for (k, h, a), w in passages.items()], found
 
 
-def _place_of(line: int, source: Source) -> str:
-    for loop in source.loops:
-        if loop.first <= line <= loop.last:
-            return loop.header
-    return next((arm.name for arm in source.arms if arm.first <= line <= arm.last), "")
+def _home_of(lines: Sequence[int], source: Source) -> For | None:
+    """The loop of the source that most of a block's lines stand in."""
+    votes = Counter(
+        next((loop for loop in source.loops if loop.first <= line <= loop.last), None) for line in lines if line
+    )
+    return votes.most_common(1)[0][0] if votes else None
 
 
 def _blocks(code: Code, inside: Sequence[int]) -> list[list[int]]:
-    """Basic blocks of a loop: a label begins one, a branch ends one."""
+    """Basic blocks among instructions: a label begins one, a branch ends one."""
     starts = set(code.labels.values())
     blocks: list[list[int]] = []
-    fresh = True
+    fresh, last = True, -1
     for at in inside:
-        if fresh or at in starts:
+        if fresh or at in starts or at != last + 1:
             blocks.append([])
         blocks[-1].append(at)
+        last = at
         fresh = code.instructions[at].base in ("BRA", "BRX", "EXIT")
     return blocks
 
@@ -222,8 +233,8 @@ def task(group: Sequence[Case], arch: int, data: str, folder: Path | None) -> di
     del folder
     case = group[0]
     compiled = compile_case(case, arch=arch, data=data, lines=True)
-    source = read_source(Path(case.op.function.fn.__code__.co_filename).read_text())
-    straight, loops = analyse(disassemble(compiled.cubin), source, chip_of(arch))
+    path = Path(case.op.function.fn.__code__.co_filename)
+    passages, loops = analyse(disassemble(compiled.cubin, path.name), read_source(path.read_text()), chip_of(arch))
     found = measure(compiled)
     return {
         "kernel": case.op.name,
@@ -233,6 +244,6 @@ def task(group: Sequence[Case], arch: int, data: str, folder: Path | None) -> di
         "warps": compiled.warps,
         "ctas": found.ctas,
         "spills": found.spills,
-        "straight": {place: asdict(work) for place, work in straight.items()},
+        "passages": [asdict(passage) for passage in passages],
         "loops": [asdict(loop) for loop in loops],
     }

@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -97,14 +97,68 @@ def test_overlapping_loops_are_one_and_nested_ones_two() -> None:
 
 
 def test_work_goes_to_the_arm_that_it_stands_in() -> None:
-    straight, (loop,) = kernels_cycles.analyse(sass.parse(CODE), kernels_cycles.read_source(SOURCE), chip_of(90))
+    passages, (loop,) = kernels_cycles.analyse(sass.parse(CODE), kernels_cycles.read_source(SOURCE), chip_of(90))
     assert loop.key == "body: i in tl.range(0, n)[]#0"
     assert set(loop.arms) == {"one >= 0", "not one >= 0"}  # MASKED is a constant: no arm
     assert loop.arms["one >= 0"].cycles["special"] == 2.0 and loop.arms["one >= 0"].instructions == 2
     assert loop.arms["not one >= 0"].cycles["fp32"] == 2 * 32 / 128
     assert loop.common.products == 2048 and loop.common.cycles["tensor"] == 2048 / 2048
     assert loop.common.cycles["shared"] == 4.0
-    assert straight[""].instructions == 1 and straight["body: i in tl.range(0, n)"].instructions == 1  # FFMA; EXIT
+    assert {(p.loops, p.header, p.work.instructions) for p in passages} == {
+        ((loop.key,), "", 1),  # FFMA, before the loop
+        ((loop.key,), "body: i in tl.range(0, n)", 1),  # EXIT, by its line
+    }
+
+
+TWO_WAYS = """
+	//## File "/k.py", line 3
+        /*0000*/              @P0 BRA `(.L_x_2) ;
+        /*0010*/                   FADD R0, R0, R0 ;
+.L_x_0:
+	//## File "/k.py", line 4
+        /*0020*/                   FMUL R0, R0, R0 ;
+        /*0030*/              @P1 BRA `(.L_x_0) ;
+	//## File "/other.py", line 4
+        /*0040*/                   FADD R0, R0, R0 ;
+        /*0050*/                   BRA `(.L_x_4) ;
+.L_x_2:
+	//## File "/k.py", line 3
+        /*0060*/                   FADD R0, R0, R0 ;
+.L_x_3:
+	//## File "/k.py", line 8
+        /*0070*/                   FFMA R0, R0, R0, R0 ;
+        /*0080*/              @P1 BRA `(.L_x_3) ;
+.L_x_4:
+	//## File "/k.py", line 3
+        /*0090*/                   EXIT ;
+"""
+
+
+def test_code_on_the_way_to_another_loop_does_not_count() -> None:
+    """An `if` before two loops: each way's own instructions count for programs that turn its loop."""
+    code = sass.parse(TWO_WAYS, "k.py")
+    assert [sorted(code.beside[at]) for at in range(10)] == [[0, 1], [0], [0], [0], [0], [0], [1], [1], [1], [0, 1]]
+    assert [instruction.line for instruction in code.instructions[4:6]] == [0, 0]  # another file's lines are no lines
+    passages, loops = kernels_cycles.analyse(code, kernels_cycles.read_source(SOURCE), chip_of(90))
+    found = {"loops": [asdict(loop) for loop in loops], "passages": [asdict(passage) for passage in passages]}
+    first, second = (loop.key for loop in loops)
+
+    def instructions(**turns: float) -> float:
+        given = {first: turns["one"], second: turns["other"]}
+        return sum(times * work["instructions"] for times, work in kernels_cost._pieces(given, found))
+
+    assert instructions(one=5, other=0) == 2 + 3 + 5 * 2  # the branch and the end, its own three, its loop of two
+    assert instructions(one=0, other=5) == 2 + 1 + 5 * 2
+
+
+def test_a_side_moved_out_of_a_loop_counts_by_its_share() -> None:
+    work = {"cycles": {}, "instructions": 10, "products": 0.0}
+    peeled = {"loops": ["h[]#0"], "header": "h", "arm": "one >= 0", "work": work}
+    pieces = kernels_cost._pieces(
+        {"h[]#0": 4, "h[]#0|one >= 0": 1},
+        {"loops": [{"key": "h[]#0", "common": work, "arms": {}}], "passages": [peeled]},
+    )
+    assert [times for times, _ in pieces] == [0.25, 4]
 
 
 def test_a_constants_side_is_a_flag_of_the_copy() -> None:
@@ -118,7 +172,7 @@ def analysed(**changes: Any) -> dict[str, Any]:
     work = {"cycles": {"issue": 1.0, "tensor": 2.0}, "instructions": 4, "products": 100.0}
     once = {"cycles": {"issue": 10.0}, "instructions": 40, "products": 0.0}
     loop = {"header": "h", "key": "h[]#0", "common": work, "arms": {}}
-    return {"warps": 4, "straight": {"": once}, "loops": [loop]} | changes
+    return {"warps": 4, "passages": [{"loops": [], "header": "", "arm": "", "work": once}], "loops": [loop]} | changes
 
 
 @pytest.fixture

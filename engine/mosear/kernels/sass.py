@@ -42,28 +42,29 @@ class Code:
     loops: Sequence[frozenset[int]] = ()
     labels: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
     reached: frozenset[int] = frozenset()
+    beside: Sequence[frozenset[int]] = ()
 
     def counts(self) -> Counter[str]:
         """How often each base opcode stands in the code."""
         return Counter(i.base for i in self.instructions)
 
 
-def disassemble(cubin: bytes) -> Code:
-    """Read a binary that holds one kernel."""
+def disassemble(cubin: bytes, source: str = "") -> Code:
+    """Read a binary that holds one kernel; `source` as in `parse`."""
     with on_disk(cubin, ".cubin") as path:
         text, _ = call(tool("nvdisasm"), "-gi", "-c", path)
-    return parse(text)
+    return parse(text, source)
 
 
-def parse(text: str) -> Code:
-    """Read nvdisasm's text. A line is where the innermost function's source stands."""
+def parse(text: str, source: str = "") -> Code:
+    """Read nvdisasm's text. A line is where the innermost function's source stands; 0 outside the file `source`."""
     found: list[Instruction] = []
     labels: dict[str, int] = {}
     jumps: dict[int, str] = {}
     line = 0
     for row in text.splitlines():
         if match := LINE.match(row):
-            line = int(match[2])
+            line = int(match[2]) if match[1].endswith(source) else 0
         elif match := LABEL.match(row):
             labels[match[1]] = len(found)
         elif match := INSTRUCTION.match(row):
@@ -74,20 +75,21 @@ def parse(text: str) -> Code:
                 match[2].startswith("BRA") and PREDICATE.search(match[3]) is not None
             )
             found.append(Instruction(match[2], match[3], conditional or match[2] == "BRA.DIV", line))
-    loops, reached = _loops(found, labels, jumps)
-    return Code(instructions=found, loops=loops, labels=labels, reached=reached)
+    blocks, after = _flow(found, labels, jumps)
+    dominators = _dominators(after)
+    # What is never reached may still jump into a loop: it is no part of it.
+    after = [following if come else [] for following, come in zip(after, dominators, strict=True)]
+    loops = _loops(found, blocks, after, dominators)
+    reached = frozenset(at for i, come in enumerate(dominators) if come for at in blocks[i])
+    return Code(
+        instructions=found, loops=loops, labels=labels, reached=reached, beside=_beside(blocks, after, loops)
+    )  # fmt: skip
 
 
-def _loops(
+def _flow(
     code: Sequence[Instruction], labels: Mapping[str, int], jumps: Mapping[int, str]
-) -> tuple[list[frozenset[int]], frozenset[int]]:
-    """Natural loops (a jump back to what every way to it passes), and what is reached.
-
-    Loops with one head, or that overlap without nesting, are one.
-
-    Left out: waits of a few instructions for a barrier (their turns are time, not work), and jumps back into the middle
-    from code that was moved out of line.
-    """
+) -> tuple[list[range], list[list[int]]]:
+    """Basic blocks, and for each those that may follow it."""
     starts = sorted({0, *labels.values(), *(at + 1 for at in jumps), *_ends(code)} & set(range(len(code))))
     blocks = [range(a, b) for a, b in zip(starts, [*starts[1:], len(code)], strict=True)]
     block_at = {block[0]: i for i, block in enumerate(blocks)}
@@ -99,10 +101,19 @@ def _loops(
         if last in jumps and labels.get(jumps[last], -1) in block_at:
             following.append(block_at[labels[jumps[last]]])
         after.append(following)
+    return blocks, after
+
+
+def _loops(
+    code: Sequence[Instruction], blocks: Sequence[range], after: Sequence[Sequence[int]], dominators: Sequence[set[int]]
+) -> list[frozenset[int]]:
+    """Natural loops: a jump back to what every way to it passes. Loops with one head, or that overlap without nesting, are
+    one.
+
+    Left out: waits of a few instructions for a barrier (their turns are time, not work), and jumps back into the middle
+    from code that was moved out of line.
+    """
     loops: list[set[int]] = []
-    dominators = _dominators(after)
-    # What is never reached may still jump into a loop: it is no part of it.
-    after = [following if found else [] for following, found in zip(after, dominators, strict=True)]
     for tail, following in enumerate(after):
         for head in following:
             if head in dominators[tail]:
@@ -111,8 +122,29 @@ def _loops(
                 padding = len(body) == 1
                 if not wait and not padding:
                     _join(loops, body)
-    reached = frozenset(at for i, found in enumerate(dominators) if found for at in blocks[i])
-    return sorted((frozenset(body) for body in loops), key=lambda body: (min(body), -len(body))), reached
+    return sorted((frozenset(body) for body in loops), key=lambda body: (min(body), -len(body)))
+
+
+def _beside(
+    blocks: Sequence[range], after: Sequence[Sequence[int]], loops: Sequence[frozenset[int]]
+) -> list[frozenset[int]]:
+    """For each instruction the loops that it leads to or that lead to it."""
+    before: list[list[int]] = [[] for _ in after]
+    for i, following in enumerate(after):
+        for j in following:
+            before[j].append(i)
+    found: list[set[int]] = [set() for _ in blocks]
+    for index, loop in enumerate(loops):
+        inside = [i for i, block in enumerate(blocks) if block and block[0] in loop]
+        for ways in (before, after):
+            come, waiting = set(inside), inside[:]
+            while waiting:
+                new = [i for i in ways[waiting.pop()] if i not in come]
+                come.update(new)
+                waiting += new
+            for i in come:
+                found[i].add(index)
+    return [frozenset(found[i]) for i, block in enumerate(blocks) for _ in block]
 
 
 def _ends(code: Sequence[Instruction]) -> set[int]:
