@@ -5,10 +5,10 @@ CLIP ?= build/demo.mp4
 BIN := .venv/bin
 .DEFAULT_GOAL := help
 
-.PHONY: help setup check test test-full demo demo-local bench bench-served kernel-tables clean
+.PHONY: help setup check test test-full test-gpu demo demo-local bench bench-served kernel-tables clean
 
 help:
-	@echo "make setup | check | test | test-full | demo | demo-local | bench | bench-served | clean"
+	@echo "make setup | check | test | test-full | test-gpu | demo | demo-local | bench | bench-served | clean"
 
 setup:
 	@scripts/setup.sh $(PYTHON)
@@ -29,6 +29,10 @@ test: | $(BIN)/python
 test-full: | $(BIN)/python
 	$(BIN)/mosear fetch-demo
 	$(BIN)/python -m pytest
+
+# What needs a GPU and TensorRT's library: builds with our plugins and runs them.
+test-gpu: | $(BIN)/python
+	$(BIN)/python -m pytest -m tensorrt tests/plugins
 
 # Fetch the demo parts, build the engine, assemble the repository, serve it, ask about a clip over gRPC, stop.
 demo: setup

