@@ -80,7 +80,7 @@ install() {
     "${pip[@]}" --no-deps "${BINDINGS[@]}"
     say "project: editable, without a change to the packages"
     "${pip[@]}" --no-deps --no-build-isolation --editable .
-    say "check: $("$VENV/bin/python" -m pip --disable-pip-version-check check | grep -v -e tensorrt-cu13 -e kernel-lens)"
+    say "check: $("$VENV/bin/python" -m pip --disable-pip-version-check check | grep -v tensorrt-cu13-libs)"
     "$VENV/bin/python" -c 'import mosear, mosear_export, torch; print(f"setup: torch {torch.__version__}, GPU: {torch.cuda.is_available()}")'
 }
 
