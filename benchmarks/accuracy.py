@@ -101,10 +101,12 @@ def policy_of(text: str, default: ARConfig) -> ARConfig:
     """`balance`, or `target:0.9` with the share of the voice; raises ConfigError."""
     name, _, share = text.partition(":")
     try:
-        changes = {"policy": Policy(name)} | ({"audio_share": float(share), "move": 1.0} if share else {})
+        policy = Policy(name)
+        if not share:
+            return dataclasses.replace(default, policy=policy)
+        return dataclasses.replace(default, policy=policy, audio_share=float(share), move=1.0)
     except ValueError:
         raise ConfigError(f"--policy is {text!r}: name one of {', '.join(Policy)}, such as target:0.9") from None
-    return dataclasses.replace(default, **changes)
 
 
 def face_net(encoded: Encoded, faces: list[Sample]) -> float:

@@ -207,7 +207,7 @@ class Evaluation:
             tables.append(metrics.confusion([a for a, _ in said], [b for _, b in said], self.plan.labels))
         index = self.plan.labels.index
         kinds = [(index(heard), index(seen)) for heard, seen in map(self._emotions, pairs)]
-        return metrics.chance_of_words(*tables, kinds)
+        return metrics.chance_of_words(tables[0], tables[1], kinds)
 
     def reasons(self) -> dict[str, object]:
         """The words that a reason names: for voice and face by their places, and as an open-vocabulary set."""
@@ -235,13 +235,13 @@ class Evaluation:
         strength = max(self.plan.strengths)
         keys = [self.plan.key(i, strength) for i in range(len(self.plan.pairs))]
         found = [self.answers[key]["mass"] for key in keys if key in self.answers]
-        return np.mean(found, axis=0).round(5).tolist() if found else []  # type: ignore[no-any-return]
+        return np.mean(found, axis=0).round(5).tolist() if found else []
 
     def experts(self) -> list[list[float]]:
         """[G, E]: how much each modality uses each expert, mean over pairs."""
         keys = [self.plan.key(i, self.plan.default) for i in range(len(self.plan.pairs))]
         found = [self.answers[key]["experts"] for key in keys if key in self.answers]
-        return np.mean(found, axis=0).round(5).tolist() if found else []  # type: ignore[no-any-return]
+        return np.mean(found, axis=0).round(5).tolist() if found else []
 
 
 def named(text: str, labels: Sequence[str]) -> set[str]:

@@ -117,7 +117,7 @@ def spearman(x: npt.ArrayLike, y: npt.ArrayLike) -> float:
     ranks = [_ranks(np.asarray(values, np.float64)) for values in (x, y)]
     if any(rank.std() == 0 for rank in ranks):
         return float("nan")
-    return float(np.corrcoef(*ranks)[0, 1])
+    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
 
 
 def _ranks(values: Array) -> Array:

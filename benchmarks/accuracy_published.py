@@ -110,8 +110,8 @@ def evaluate(
     return {
         "clips": len(clips),
         "answered": len(answered),
-        "of those answered": benchmark.measure(*zip(*answered, strict=True)) if answered else {},  # type: ignore[arg-type]
-        "failed as wrong": benchmark.measure(*zip(*everything, strict=True)),  # type: ignore[arg-type]
+        "of those answered": benchmark.measure(*zip(*answered, strict=True)) if answered else {},
+        "failed as wrong": benchmark.measure(*zip(*everything, strict=True)),
         "labels that the model has no word for": sorted({x for c in clips for x in map(spelt, c.labels)} - {*labels}),
     }
 

@@ -40,7 +40,8 @@ def face_classifier(labels: Sequence[str], deviation: Tensor, mean: Tensor) -> T
 
 
 def words(labels: Mapping[str, int], embedding: Tensor) -> Tensor:
-    """Directions [K, d] of the labels' words: embedding rows without what they share, each of length 1."""
+    """Directions [K, d] of the labels' first tokens: embedding rows without what they share, each of length 1 (0 where all
+    labels begin with the same token)."""
     rows = embedding[list(labels.values())]
     return F.normalize(rows - rows.mean(0), dim=-1)
 
@@ -51,6 +52,6 @@ def start_from(projector: Projector, classifier: Tensor, directions: Tensor, val
     classifier [K, F + 1] over standardised values [n, F]; directions [K, d].
     """
     weight, bias = directions.T @ classifier[:, :-1], directions.T @ classifier[:, -1]
-    size = (values @ weight.T + bias).square().mean().sqrt()
+    size = (values @ weight.T + bias).square().mean().sqrt().clamp(min=torch.finfo(values.dtype).tiny)
     projector.linear.weight.mul_(REST).add_(weight / size)
     projector.linear.bias.mul_(REST).add_(bias / size)
