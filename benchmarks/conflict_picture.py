@@ -1,4 +1,4 @@
-"""A conflict report as a picture: `mosear ask CLIP --task conflict --json > a.json; python benchmarks/conflict_picture.py a.json a.png`."""
+"""A conflict report as a picture: `mosear ask CLIP --task conflict --json > a.json`, then this script with a.json and a.png."""
 
 import argparse
 import json
@@ -55,7 +55,9 @@ def main() -> int:
         print(f"error: {options.answer} cannot be read as JSON: {error}", file=sys.stderr)
         return 1
     if record.get("conflict") is None:
-        print(f"error: {options.answer} is no conflict report: ask with --task conflict, face and voice", file=sys.stderr)
+        print(
+            f"error: {options.answer} is no conflict report: ask with --task conflict, face and voice", file=sys.stderr
+        )
         return 1
     draw(record, options.picture)
     return 0

@@ -14,8 +14,10 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import accuracy
+import accuracy_card
 import accuracy_parity as parity
 import accuracy_report as report
+import conflict_picture
 from accuracy_asking import Journal, Question
 from accuracy_bars import bars
 from accuracy_pairs import Kind, encode_all, make_pairs, read_faces, read_voices, truth
@@ -242,3 +244,25 @@ def _answers(plan: Any, path: Path, answer: Any) -> Any:  # Any: of the benchmar
     journal = Journal(path, {})
     journal.ask_all(plan.questions(), answer, print)
     return journal.answered(plan.questions())
+
+
+def test_a_card_takes_its_figures_from_results(data: Path, tmp_path: Path) -> None:
+    found = results(data, tmp_path)
+    (path,) = report.write({"engine": found}, {"engine": []}, tmp_path / "out", name="a")[:1]
+    card = f"# Card\n{accuracy_card.BEGIN}\nstale figures\n{accuracy_card.END}\nlimits\n"
+    filled = accuracy_card.filled(card, path, "engine")
+    assert filled.startswith("# Card\n") and filled.endswith("limits\n") and "stale" not in filled
+    assert "| voice | 100.0 % (100.0 to 100.0, n 12) | 100.0 % |" in filled
+    assert accuracy_card.filled(filled, path, "engine") == filled
+    for text, subject, message in ((card, "served", "no results of 'served'"), ("# Card", "engine", "markers")):
+        with pytest.raises(ConfigError, match=message):
+            accuracy_card.filled(text, path, subject)
+
+
+def test_a_conflict_report_is_drawn(tmp_path: Path) -> None:
+    asked = Request(
+        task="conflict", features={n: np.ones((1, 1), np.float32) * i for n, i in (("voice", 1), ("face", 2))}
+    )
+    (tmp_path / "a.json").write_text(json.dumps(factory.answer_to(asked).record()))
+    conflict_picture.draw(json.loads((tmp_path / "a.json").read_text()), tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
