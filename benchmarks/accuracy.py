@@ -132,7 +132,7 @@ def run_conflict(options: argparse.Namespace, engine: Engine, stack: ExitStack) 
     results, answers = dict[str, dict[str, object]](), dict[str, Mapping[str, Record]]()
     for subject, ask in asks.items():
         say(f"{subject}: {len(plan.questions())} questions")
-        part = plan if subject in ("served", "engine") else dataclasses.replace(plan, words=options.parity, reasons=0)
+        part = dataclasses.replace(plan, words=False, reasons=0) if "," in subject else plan  # a policy
         settings = settings_of(options, engine, subject)
         file = f"{options.name}-{subject.replace(', ', '-').replace(':', '-')}.jsonl"
         journal = Journal(options.work / file, settings)
