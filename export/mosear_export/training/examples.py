@@ -32,7 +32,10 @@ TELLING_WORDS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Example:
-    """Features of what is there (None: absent), which groups are muted, the task, and the answer's words."""
+    """Features of what is there (None: absent), which groups are muted, the task, and the answer's words.
+
+    strength: of attention reallocation on the answer's rows; direct: text rows before them see no face and no voice.
+    """
 
     face: Array | None  # [frames, F]
     voice: Array | None  # [tokens, F]
@@ -41,6 +44,8 @@ class Example:
     words: str
     task: Task
     answer: str
+    strength: float = 0.0
+    direct: bool = False
 
 
 def answer_of(face: str | None, voice: str | None, label: str, task: Task) -> str:
@@ -65,7 +70,9 @@ class Sampler:
         self.faces = {e: np.flatnonzero(features.faces.emotion == e) for e in np.unique(features.faces.emotion)}
         self.voices = {e: np.flatnonzero(features.voices.emotion == e) for e in np.unique(features.voices.emotion)}
 
-    def draw(self) -> Example:
+    def draw(self, audio_share: float | None, *, direct: float) -> Example:
+        """An example. audio_share: what reallocation (at a strength drawn here) gives to the voice, None: off; direct: how
+        often an example is so."""
         rng = self.rng
         task = Task.REASON if rng.random() < 0.5 else Task.CLASSIFY
         kind = rng.choice(["both", "face", "voice", "words"], p=[0.55, 0.16, 0.24, 0.05])
@@ -77,7 +84,9 @@ class Sampler:
                 answer=answer_of(None, None, label, task),
             )  # fmt: skip
         face, voice = self._pair()
-        label = {"face": face, "voice": voice, "both": self._joint(face, voice)}[kind]
+        strength = 0.0 if audio_share is None or kind != "both" else float(rng.random())
+        voiced = 0.5 if audio_share is None else 0.5 + strength * (audio_share - 0.5)
+        label = {"face": face, "voice": voice, "both": self._joint(face, voice, voiced)}[kind]
         heard, seen = kind != "face", kind != "voice"
         lost = rng.random() < 0.5  # the other modality is absent; else it is there, and muted
         with_face, with_voice = seen or not lost, heard or not lost
@@ -90,6 +99,8 @@ class Sampler:
             words=str(rng.choice(PLAIN_WORDS)) if rng.random() < 0.25 else "",
             task=task,
             answer=answer_of(face if seen else None, voice if heard else None, label, task),
+            strength=strength,
+            direct=bool(rng.random() < direct),
         )
 
     def _pair(self) -> tuple[str, str]:
@@ -102,11 +113,12 @@ class Sampler:
             face, voice = (NEUTRAL, voice) if rng.random() < 0.5 else (face, NEUTRAL)
         return face, voice
 
-    def _joint(self, face: str, voice: str) -> str:
-        """The leading label; where both lead and differ, either, so that a model learns no preference."""
+    def _joint(self, face: str, voice: str, voiced: float) -> str:
+        """The leading label; where both lead and differ, the voice's with probability `voiced`: 1/2 without reallocation,
+        so that a model learns no preference, else what reallocation gives to the voice, so that it heeds attention."""
         if face == NEUTRAL or voice == NEUTRAL:
             return voice if face == NEUTRAL else face
-        return str(self.rng.choice([face, voice]))
+        return voice if self.rng.random() < voiced else face
 
     def _face(self, emotion: str) -> Array:
         values = self.features.faces.values[self.rng.choice(self.faces[emotion])]  # [variants, F]

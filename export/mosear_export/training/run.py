@@ -5,8 +5,11 @@ import json
 from pathlib import Path
 
 import numpy as np
+import torch
 from safetensors.torch import save_file
 
+from mosear.artifacts import key_of
+from mosear.config import ModelConfig
 from mosear.runtime.prompt import PromptBuilder
 from mosear_export.demo.assemble import demo_config, frozen_files
 from mosear_export.demo.fetch import default_cache, fetch
@@ -15,34 +18,54 @@ from mosear_export.model.whole import ReferenceModel
 from mosear_export.training.evaluate import evaluate
 from mosear_export.training.examples import Sampler
 from mosear_export.training.features import Features, Report, compute
-from mosear_export.training.train import TrainConfig, Trainer, TrainOps
-
-LEFT_OUT = ("14", "15")  # a woman and a man whose voices training never hears
+from mosear_export.training.ops import TrainOps
+from mosear_export.training.train import TrainConfig, Trainer
 
 
 def train_heads(data: Path, work: Path, output: Path, config: TrainConfig, report: Report) -> dict[str, object]:
-    """Train on `data`, write heads (fp16 safetensors) to `output` and the measured results beside it as JSON."""
+    """Train on `data`, write heads (fp16 safetensors) to `output` and the measured results beside it as JSON.
+
+    `work` keeps encoder outputs, and the state of a training that was stopped: the same call goes on with it.
+    """
+    if config.threads:
+        torch.set_num_threads(config.threads)
     files = fetch(default_cache(), report)
     backbone = GGUFModel(files.gguf)
-    model = ReferenceModel(demo_config(backbone), TrainOps())
+    model_config = demo_config(backbone)
+    model = ReferenceModel(plain_lora(model_config) if config.plain else model_config, TrainOps())
     wanted = model.files()
     for name, tensors in frozen_files(files, backbone, model.config).items():
         for key, tensor in tensors.items():
             wanted[name][key].copy_(tensor)
     features = compute(model, data, work / "features.npz", report)
-    left_out = np.isin(features.voices.origin, LEFT_OUT)
+    left_out = np.isin(features.voices.origin, config.left_out)
     dev = features.faces.origin == "dev"
     seen = Features(voices=features.voices.where(~left_out), faces=features.faces.where(~dev), scenes=features.scenes)
     trainer = Trainer(model, PromptBuilder(model.config, backbone.tokenizer()), seen, config)
-    trainer.run(Sampler(seen, seed=config.seed, frames=model.config.face.frames), report)
+    kept = work / f"training-{key_of(dataclasses.asdict(config))[:12]}.pt"
+    trainer.run(Sampler(seen, seed=config.seed, frames=model.config.face.frames), report, kept)
+    with torch.no_grad():
+        for name, one in trainer.shared.items():
+            model.heads[name].copy_(one.repeat(len(model.config.groups), 1))
     heads = {name: tensor.detach().half() for name, tensor in model.files()["heads"].items()}
     save_file(heads, output)
     for name, tensor in model.files()["heads"].items():  # what is measured is what is shipped
         tensor.detach().copy_(heads[name])
     results: dict[str, object] = {
         "config": dataclasses.asdict(config),
-        "left_out_speakers": list(LEFT_OUT),
         **evaluate(trainer, features.voices.where(left_out), features.faces.where(dev), report),
     }
     output.with_suffix(".json").write_text(json.dumps(results, indent=2) + "\n")
     return results
+
+
+def plain_lora(config: ModelConfig) -> ModelConfig:
+    """The configuration with one LoRA for all modalities, of the largest rank that has no more parameters than the experts."""
+    mose, groups = config.mose, len(config.groups)
+    sizes = [config.backbone.linear_size(target) for target in mose.targets]
+    shared = mose.rank * (1 if mose.share_a else groups)
+    experts = sum(shared * i + groups * mose.experts * (i + mose.rank * o) for i, o in sizes)
+    rank = experts // sum(i + o for i, o in sizes)
+    return dataclasses.replace(
+        config, mose=dataclasses.replace(mose, rank=rank, alpha=mose.scale * rank, experts=1, share_a=True)
+    )

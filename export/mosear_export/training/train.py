@@ -1,65 +1,93 @@
-"""Training of the heads on the frozen backbone: projectors, experts and gate. Minutes on two cores, fixed seeds."""
+"""Training of the heads on the frozen backbone: projectors, experts, gate and modality weights. Fixed seeds."""
 
+import dataclasses
+import enum
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mosear.kernels.reallocated_attention.reference import visibility
+from mosear.config import ARConfig, Policy
+from mosear.contract import MODALITY_WEIGHT
+from mosear.errors import ConfigError
+from mosear.kernels.reallocated_attention.policy import params
 from mosear.runtime.prompt import PromptBuilder
-from mosear_export.model.decoder import ReferenceOps
 from mosear_export.model.projector import Projector, VoiceProjector
 from mosear_export.model.whole import ReferenceModel
+from mosear_export.training import linear, regularise
+from mosear_export.training.batch import Batch
 from mosear_export.training.examples import Example, Sampler
 from mosear_export.training.features import Features, Report
+from mosear_export.training.ops import TrainOps
 
 PROJECTORS = {"face": "face_projector", "scene": "scene_projector", "voice": "voice_projector"}
+VOICE_DECAY = 1e-2  # of the voice's linear classifier (training/linear.py)
+SHARES = (0.1, 0.9)  # of audio, drawn for each batch with reallocation
+
+
+class Start(enum.StrEnum):
+    """Where projectors of face and voice start: from linear classifiers of the frozen features, or at random."""
+
+    CLASSIFIER = "classifier"
+    RANDOM = "random"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
-    """How heads are trained."""
+    """How heads are trained. load, entropy, balance: factors of training/regularise.py's terms."""
 
-    steps: int = 300
+    steps: int = 200
     batch: int = 10
     learning_rate: float = 1e-3
+    projector_rate: float = 0.2  # of the learning rate
     weight_decay: float = 0.01
     warm_up: int = 20
     noise: float = 0.3  # standard deviation added to standardised features
-    balance: float = 0.01  # weight of E * sum of squared mean gate weights, 1 where experts share evenly
+    load: float = 0.01
+    entropy: float = 0.0
+    balance: float = 0.01
+    direct: float = 0.5  # share of examples whose text rows see no face and no voice (training/ops.py)
+    reallocate: float = 0.5  # share of batches with attention reallocated; 0: never, as the paper's
+    start: Start = Start.CLASSIFIER
+    plain: bool = False  # one LoRA for all modalities in place of experts, as a peer
+    left_out: tuple[str, ...] = ("14", "15")  # speakers that training never hears: a woman and a man
     seed: int = 0
+    threads: int = 0  # 0: torch's own choice
+    save_every: int = 20  # steps
 
-
-class TrainOps(ReferenceOps):
-    """`Ops` for training: fused attention without reallocation, no cache."""
-
-    def attend(self, *tensors: Tensor, policy: str, statistic: str, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-        query, key, value, key_group, position, length, _, _, _, bias = tensors
-        seen = visibility(key_group, position, length, bias, causal=True)
-        seen = seen | (position < 0)[:, :, None]  # padding rows see all, so that nothing is NaN
-        out = F.scaled_dot_product_attention(query, key, value, seen[:, None], scale=scale, enable_gqa=True)
-        none = query.new_zeros(*query.shape[:3], bias.shape[1])
-        return out, none, none
-
-    def write(self, cache: Tensor, rows: Tensor, start: Tensor) -> Tensor:
-        return rows
+    def __post_init__(self) -> None:
+        for name in ("direct", "reallocate"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}: it is a share, from 0 to 1")
+        for name in ("steps", "batch", "learning_rate", "save_every"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}: it must be above 0")
 
 
 class Trainer:
     """Owns the trainable tensors of a model (built with TrainOps) and turns examples into batches."""
 
     def __init__(self, model: ReferenceModel, builder: PromptBuilder, features: Features, config: TrainConfig) -> None:
-        self.model, self.builder, self.config = model, builder, config
+        assert isinstance(model.decoder.ops, TrainOps)
+        self.model, self.builder, self.config, self.ops = model, builder, config, model.decoder.ops
         torch.manual_seed(config.seed)
         self.random = torch.Generator().manual_seed(config.seed)
+        self.shared: dict[str, Tensor] = {}  # plain LoRA: the one B of all modalities, by the name of their B
         self._initialise(features)
-        self.parameters = [p for name, p in model.heads.items() if p.requires_grad]
-        for name in PROJECTORS.values():
-            self.parameters += [p.requires_grad_() for p in model.get_submodule(name).parameters()]
+        self.trained = {name: tensor for name, tensor in model.heads.items() if tensor.requires_grad} | self.shared
+        self.projected = {
+            f"{name}.{key}": tensor.requires_grad_()
+            for name in PROJECTORS.values()
+            for key, tensor in model.get_submodule(name).named_parameters()
+        }
+        rates = ((self.trained, 1.0), (self.projected, config.projector_rate))
+        self.optimiser = torch.optim.AdamW(
+            [{"params": list(p.values()), "rate": rate * config.learning_rate} for p, rate in rates],
+            weight_decay=config.weight_decay,
+        )
 
     def _initialise(self, features: Features) -> None:
         model = self.model
@@ -68,19 +96,37 @@ class Trainer:
                 nn.init.kaiming_uniform_(tensor, a=5**0.5)
             elif name.endswith(".gate"):
                 nn.init.normal_(tensor, std=0.02)
-            if name.endswith((".a", ".gate", ".b")):
+            if self.config.plain and name.endswith(".b"):
+                self.shared[name] = torch.zeros(model.config.mose.rank, tensor.shape[1]).requires_grad_()
+            elif name.endswith(".a") or (not self.config.plain and name.endswith((".gate", ".b", MODALITY_WEIGHT))):
                 tensor.requires_grad_()
-        voices = features.voices.values
-        for projector, values in (
-            (model.face_projector, features.faces.values),
-            (model.scene_projector, features.scenes),
-            (model.voice_projector.clip, voices[:, :, :1]),
-            (model.voice_projector.segment, voices[:, :, 1:]),
-        ):
+        voices = features.voices
+        labels = list(model.config.labels)
+        directions = linear.words(
+            {label: ids[0] for label, ids in zip(labels, self.builder.labels, strict=True)},
+            model.decoder.embed_tokens.weight,
+        )
+        for projector, values, emotion in (
+            (model.face_projector, features.faces.values, None),
+            (model.scene_projector, features.scenes, None),
+            (model.voice_projector.clip, voices.values[:, :, 0], voices.emotion.repeat(voices.values.shape[1])),
+            (model.voice_projector.segment, voices.values[:, :, 1:],
+             voices.emotion.repeat(voices.values.shape[1] * (voices.values.shape[2] - 1))),
+        ):  # fmt: skip
             flat = torch.from_numpy(values).flatten(0, -2)
             projector.mean.copy_(flat.mean(0))
             projector.deviation.copy_(flat.std(0) + 1e-3)
             projector.gain.fill_(float(model.decoder.embed_tokens.weight.std()))
+            if self.config.start is Start.RANDOM or projector is model.scene_projector:
+                continue
+            standard = (flat - projector.mean) / projector.deviation
+            with torch.enable_grad():
+                weights = (
+                    linear.face_classifier(labels, projector.deviation, projector.mean)
+                    if emotion is None
+                    else linear.fit(standard, labels, list(emotion), decay=VOICE_DECAY)
+                )
+            linear.start_from(projector, weights, directions, standard)
 
     def tokens(self, example: Example, *, noise: bool) -> dict[str, Tensor]:
         """Projected tokens [n, d] of what is there, with noise on the features while training."""
@@ -99,70 +145,82 @@ class Trainer:
             found[field] = projector(values)[0]
         return found
 
-    def loss(self, examples: list[Example]) -> Tensor:
-        batch = Batch.make(self, examples, noise=True)
+    def batch(self, examples: list[Example], *, noise: bool) -> Batch:
+        """Examples as the decoder takes them."""
+        model = self.model
+        tokens = [self.tokens(example, noise=noise) for example in examples]
+        return Batch.make(model.config, self.builder, model.decoder.embed_tokens, examples, tokens)
+
+    def run_decoder(self, batch: Batch, *, ar: ARConfig | None) -> dict[str, Tensor]:
+        """The decoder's outputs, attention reallocated on answer rows as `ar` says (None: not at all)."""
+        self.ops.policy = Policy.OFF if ar is None else ar.policy
+        if ar is not None:
+            self.ops.params = params(ar, layer=0, heads=self.model.config.backbone.heads)
+        self.ops.direct = batch.direct
+        groups = len(self.model.config.groups)
+        heads = self.model.heads | {name: one.repeat(groups, 1) for name, one in self.shared.items()}
+        out: dict[str, Tensor] = self.model.decoder(**batch.inputs, cache=batch.cache, heads=heads)
+        return out
+
+    def loss(self, sampler: Sampler) -> Tensor:
+        """Of a batch that is drawn: answers, and the gate's regularisers."""
+        config, rng = self.config, sampler.rng
+        share = float(rng.uniform(*SHARES)) if rng.random() < config.reallocate else None
+        examples = [sampler.draw(share, direct=config.direct) for _ in range(config.batch)]
+        ar = None if share is None else ARConfig(policy=Policy.TARGET, audio_share=share, move=1.0)
+        batch = self.batch(examples, noise=True)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            out = self.model.decoder(**batch.inputs, cache=batch.cache, heads=self.model.heads)
-        answers: Tensor = F.cross_entropy(
-            out["logits"].float().flatten(0, 1), batch.targets.flatten(), ignore_index=-100
+            out = self.run_decoder(batch, ar=ar)
+        answers = F.cross_entropy(out["logits"].float().flatten(0, 1), batch.targets.flatten(), ignore_index=-100)
+        gates, there = out["expert_weights"].float(), batch.inputs["position"] >= 0
+        groups = len(self.model.config.groups)
+        return (
+            answers
+            + config.load * regularise.load(gates, batch.inputs["group"], there, groups=groups)
+            + config.entropy * regularise.entropy(gates, there)
+            + config.balance * regularise.balance(self.model.heads[MODALITY_WEIGHT])
         )
-        used = out["expert_weights"].float().mean((0, 2))  # [adapted, E]
-        balance: Tensor = (used.shape[1] * used.square().sum(1)).mean()  # 1 where experts share evenly
-        return answers + self.config.balance * balance
 
-    def run(self, sampler: Sampler, report: Report) -> None:
+    def run(self, sampler: Sampler, report: Report, kept: Path) -> None:
+        """Train from where `kept` (a file of this configuration's own) says, else from the start."""
         config, start = self.config, time.monotonic()
-        optimiser = torch.optim.AdamW(self.parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
-        for step in range(config.steps):
-            for group in optimiser.param_groups:
-                left = 1 - step / config.steps
-                group["lr"] = config.learning_rate * min(1, (step + 1) / config.warm_up) * max(left, 0.02)
-            loss = self.loss([sampler.draw() for _ in range(config.batch)])
-            optimiser.zero_grad()
+        first = self._resume(kept, sampler)
+        if first:
+            report(f"going on at step {first} from {kept}")
+        for step in range(first, config.steps):
+            left = min(1, (step + 1) / config.warm_up) * max(1 - step / config.steps, 0.02)
+            for group in self.optimiser.param_groups:
+                group["lr"] = group["rate"] * left
+            loss = self.loss(sampler)
+            self.optimiser.zero_grad()
             loss.backward()
-            nn.utils.clip_grad_norm_(self.parameters, 1.0)
-            optimiser.step()
-            if step % 20 == 0 or step == config.steps - 1:
-                report(f"step {step} of {config.steps}: loss {loss.item():.3f}, {time.monotonic() - start:.0f} s")
+            nn.utils.clip_grad_norm_([*self.trained.values(), *self.projected.values()], 1.0)
+            self.optimiser.step()
+            if (step + 1) % config.save_every == 0 or step == config.steps - 1:
+                self._keep(kept, sampler, step + 1)
+                report(f"step {step + 1} of {config.steps}: loss {loss.item():.3f}, {time.monotonic() - start:.0f} s")
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Batch:
-    """Decoder inputs of a few examples with their answers, padded behind; targets [B, Q] (-100: not scored)."""
-
-    inputs: Mapping[str, Tensor]
-    cache: list[Tensor]
-    targets: Tensor
-
-    @classmethod
-    def make(cls, trainer: Trainer, examples: list[Example], *, noise: bool) -> "Batch":
-        builder, embed = trainer.builder, trainer.model.decoder.embed_tokens
-        rows, groups, targets, starts = [], [], [], []
-        for example in examples:
-            tokens = trainer.tokens(example, noise=noise)
-            counts = {field: len(values) for field, values in tokens.items()}
-            prompt = builder.build(example.task, counts=counts, words=example.words)
-            answer = [*builder.encode(example.answer), builder.stop]
-            hidden = embed(torch.from_numpy(np.concatenate([prompt.ids.clip(min=0), answer[:-1]])).long())
-            for field, place in prompt.fields.items():
-                hidden[place] = tokens[field]
-            rows.append(hidden)
-            groups.append(torch.from_numpy(np.concatenate([prompt.group, np.zeros(len(answer) - 1, np.int32)])))
-            targets.append(torch.tensor(answer))
-            starts.append(len(prompt) - 1)
-        pad = nn.utils.rnn.pad_sequence
-        length = torch.tensor([len(row) for row in rows], dtype=torch.int32)
-        slot = torch.arange(int(length.max()), dtype=torch.int32)
-        scored = pad(targets, batch_first=True, padding_value=-100)
-        logit_row = torch.tensor(starts, dtype=torch.int32)[:, None] + torch.arange(scored.shape[1], dtype=torch.int32)
-        group = pad(groups, batch_first=True)
-        bias = torch.zeros(len(rows), len(trainer.model.config.groups))
-        for i, example in enumerate(examples):
-            bias[i, list(example.muted)] = -torch.inf
-        inputs = {
-            "hidden": pad(rows, batch_first=True), "group": group, "key_group": group, "key_length": length,
-            "position": torch.where(slot < length[:, None], slot, -1), "first_row": length, "group_bias": bias,
-            "strength": torch.zeros(len(rows)), "logit_row": logit_row.clamp(max=int(length.max()) - 1),
+    def _keep(self, path: Path, sampler: Sampler, step: int) -> None:
+        state = {
+            "config": str(dataclasses.asdict(self.config)), "step": step, "optimiser": self.optimiser.state_dict(),
+            "tensors": self.trained | self.projected, "noise": self.random.get_state(),
+            "sampler": sampler.rng.bit_generator.state,
         }  # fmt: skip
-        cache = [torch.empty(0)] * (2 * trainer.model.config.backbone.layers)
-        return cls(inputs=inputs, cache=cache, targets=scored)
+        partial = path.with_suffix(".part")
+        torch.save(state, partial)
+        partial.replace(path)
+
+    def _resume(self, path: Path, sampler: Sampler) -> int:
+        """The step to go on at. Raises ConfigError where the file is of another configuration."""
+        if not path.exists():
+            return 0
+        state = torch.load(path, weights_only=True)
+        if state["config"] != str(dataclasses.asdict(self.config)):
+            raise ConfigError(f"{path} is of a training with other settings: remove it, or name another --work folder")
+        with torch.no_grad():
+            for name, tensor in (self.trained | self.projected).items():
+                tensor.copy_(state["tensors"][name])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.random.set_state(state["noise"])
+        sampler.rng.bit_generator.state = state["sampler"]
+        return int(state["step"])
