@@ -1,6 +1,5 @@
 """Stage ONNX folder to engine folder, for the target of a recipe."""
 
-import dataclasses
 import platform
 import shutil
 import tempfile
@@ -38,7 +37,7 @@ def build_engine(recipe: Recipe, onnx_folder: Path, root: Path, report: Report) 
     source = Manifest.load(onnx_folder, kind=export.KIND, remedy=remedy)
     inputs: dict[str, object] = {
         "onnx": source.files,
-        "recipe": dataclasses.asdict(recipe),
+        "recipe": recipe.record(),
         "code": {
             module.__name__: file_hash(Path(str(module.__file__)))
             for module in (fuse, pack, plain, quantise, onnxruntime_cpu)
