@@ -4,11 +4,12 @@ Linear layers, convolutions, fused attention and the cache are in 16 bits; what 
 gates, masses, rotary embedding, pooling) is in fp32 with casts at its borders, which TensorRT fuses into the kernels that
 it makes there anyway. So a residual sum cannot overflow in fp16, and the plan holds each weight in 16 bits.
 
-`RUNNABLE` is the same arithmetic for ONNX Runtime on a CPU, which lacks most of it in bf16: every operand and result is
-rounded to 16 bits, the product itself is in fp32 (as tensor cores sum).
+`emulate` gives the same arithmetic to a runtime without 16-bit products (ONNX Runtime on a CPU): operands and results are
+rounded to 16 bits, the products themselves are in fp32, as tensor cores sum.
 """
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 
 import ml_dtypes
 import numpy as np
@@ -23,14 +24,29 @@ SIXTEEN = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 NUMPY = {"fp16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}
 BOOLEAN = {"And", "Or", "Not", "Less", "LessOrEqual", "Greater", "GreaterOrEqual", "Equal"}
 VIEWS = {"Unsqueeze", "Squeeze", "Reshape", "Expand", "Transpose", "Identity", "Split", "Slice"}
-Quantise = Callable[[TensorProto, str], "tuple[list[NodeProto], list[TensorProto]] | None"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weight:
+    """A weight narrower than 16 bits: its tensors, the node that makes 16 bits of them, and the numbers that come out."""
+
+    tensors: tuple[TensorProto, ...]
+    node: NodeProto
+    value: NDArray[np.float32]
+
+
+# From a weight's name, numbers and the name of its form in 16 bits; None leaves it in 16 bits.
+Quantise = Callable[[str, NDArray[np.float32], str], Weight | None]
 
 
 class Narrow:
     """One model's change to 16 bits."""
 
-    def __init__(self, model: ModelProto, kind: str, *, stored: Collection[str], quantise: Quantise | None) -> None:
+    def __init__(
+        self, model: ModelProto, kind: str, *, stored: Collection[str], quantise: Quantise | None, emulate: bool
+    ) -> None:
         self.model, self.kind, self.stored, self.quantise = model, kind, set(stored), quantise
+        self.emulate = emulate
         self.weights = {tensor.name: tensor for tensor in model.graph.initializer}
         self.inputs = {value.name for value in model.graph.input}
         self.producer = {output: node for node in model.graph.node for output in node.output}
@@ -39,7 +55,7 @@ class Narrow:
         self.nodes: list[NodeProto] = []
 
     def run(self) -> None:
-        for value in [*self.model.graph.input, *self.model.graph.output]:
+        for value in [] if self.emulate else [*self.model.graph.input, *self.model.graph.output]:
             if value.name in self.stored:
                 value.type.tensor_type.elem_type = SIXTEEN[self.kind]
         self.made |= {value.name: value.name for value in self.model.graph.input if value.name in self.stored}
@@ -69,7 +85,11 @@ class Narrow:
         for at, name in enumerate(node.input[: OPERANDS[node.op_type]]):
             if name and not self.is_boolean(name):
                 node.input[at] = self.narrow(name)
+        name = node.output[0]
         self.give(node)
+        if self.emulate:
+            node.output[0] = f"{name}.exact"
+            self.nodes += self.round(node.output[0], self.made[name])
 
     def view(self, node: NodeProto) -> None:
         """What moves numbers and computes nothing moves them in 16 bits."""
@@ -89,6 +109,13 @@ class Narrow:
             node.output[at] = self.made[name]
         self.nodes.append(node)
 
+    def round(self, source: str, target: str) -> list[NodeProto]:
+        """Nodes from fp32 to 16 bits, where products are emulated and back."""
+        if not self.emulate:
+            return [self.cast(source, target, SIXTEEN[self.kind])]
+        rounded = f"{target}.rounded"
+        return [self.cast(source, rounded, SIXTEEN[self.kind]), self.cast(rounded, target, TensorProto.FLOAT)]
+
     def widen(self, name: str) -> str:
         """The name of a tensor's form in fp32."""
         narrow = self.made.get(name)
@@ -107,18 +134,19 @@ class Narrow:
             if name in self.weights:
                 self.narrow_weight(name)
             else:
-                self.nodes.append(self.cast(name, self.made[name], SIXTEEN[self.kind]))
+                self.nodes += self.round(name, self.made[name])
         return self.made[name]
 
     def narrow_weight(self, name: str) -> None:
-        target, tensor = self.made[name], self.weights[name]
-        if self.quantise and (quantised := self.quantise(tensor, target)):
-            nodes, tensors = quantised
-            self.nodes += nodes
-            self.model.graph.initializer.extend(tensors)
+        target, value = self.made[name], numpy_helper.to_array(self.weights[name])
+        found = self.quantise(name, value, target) if self.quantise else None
+        if found and not self.emulate:
+            self.nodes.append(found.node)
+            self.model.graph.initializer.extend(found.tensors)
             return
-        value = numpy_helper.to_array(tensor).astype(NUMPY[self.kind])
-        self.model.graph.initializer.append(sixteen(value, target, self.kind))
+        rounded = (found.value if found else value).astype(NUMPY[self.kind])
+        tensor = numpy_helper.from_array(rounded.astype(np.float32), target) if self.emulate else None
+        self.model.graph.initializer.append(tensor or sixteen(rounded, target, self.kind))
 
     def cast(self, source: str, target: str, to: int) -> NodeProto:
         return helper.make_node("Cast", [source], [target], name=f"cast_{target}", to=to)
@@ -139,10 +167,10 @@ def sixteen(value: NDArray[np.generic], name: str, kind: str) -> TensorProto:
 
 
 def narrow(
-    model: ModelProto, kind: str, *, stored: Collection[str] = (), quantise: Quantise | None = None
+    model: ModelProto, kind: str, *, stored: Collection[str] = (), quantise: Quantise | None = None, emulate: bool = False
 ) -> None:
-    """Change a model without functions in place. kind: fp16 or bf16. stored: graph inputs and outputs in 16 bits.
+    """Change a model without functions in place. kind: fp16 or bf16; stored: graph inputs and outputs in 16 bits.
 
-    quantise: makes of a weight the nodes and tensors that give it (name) in 16 bits, or None to leave it.
+    emulate: all tensors stay in fp32, with the roundings that 16 bits bring.
     """
-    Narrow(model, kind, stored=stored, quantise=quantise).run()
+    Narrow(model, kind, stored=stored, quantise=quantise, emulate=emulate).run()
