@@ -240,10 +240,16 @@ def test_a_mistake_in_a_recipe_is_named(text: str, message: str, tmp_path: Path)
         ("precision = 'fp32'", "precision is fp32; target tensorrt-rtx takes fp16, bf16, int8, int4, fp8"),
         ("precision = 'fp8'", "fp8, which compute capability 8.6 does not have: leave it out"),
         ("precision = 'int4'", "block is 32; int4 on TensorRT takes blocks of 128"),
-        ("[tensorrt]\ncapacity = 1000", r"limits.prompt_tokens \+ limits.new_tokens is 1280, above tensorrt.capacity 1000"),
+        (
+            "[tensorrt]\ncapacity = 1000",
+            r"limits.prompt_tokens \+ limits.new_tokens is 1280, above tensorrt.capacity 1000",
+        ),
         ("[tensorrt]\nprefill_rows = 2000", r"tensorrt.prefill_rows is 2000: a call cannot hold more rows"),
         ("[tensorrt]\ndecode_batch = 0", r"tensorrt.decode_batch is 0: it must be above 0"),
-        ("[tensorrt]\nbuilder_memory = 2", r"tensorrt has an unknown key 'builder_memory': did you mean 'builder_memory_mb'"),
+        (
+            "[tensorrt]\nbuilder_memory = 2",
+            r"tensorrt has an unknown key 'builder_memory': did you mean 'builder_memory_mb'",
+        ),
         ("[tensorrt]\ncompute_capabilities = ['9.0']", r"has '9.0': TensorRT-RTX builds for 8.0, .*target tensorrt"),
         ("[tensorrt]\ncompute_capabilities = ['8.6', '8.6']", "name at least one, and each once"),
         ("[tensorrt]\ncompute_capabilities = []", "name at least one"),

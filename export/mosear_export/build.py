@@ -28,14 +28,9 @@ Report = Callable[[str], None]
 GOLDEN_TOLERANCE = {Precision.FP32: 2e-4, Precision.INT8: 0.5}
 
 
-def build_engine(recipe: Recipe, onnx_folder: Path, root: Path, report: Report) -> Path:
-    """Build an engine below `root`, or find it there; returns its folder.
-
-    Raises EngineError where the ONNX folder was altered, or an engine's golden outputs are not the reference's.
-    """
-    remedy = "export it again with `python export/export_onnx.py`"
-    source = Manifest.load(onnx_folder, kind=export.KIND, remedy=remedy)
-    inputs: dict[str, object] = {
+def inputs_of(recipe: Recipe, source: Manifest) -> dict[str, object]:
+    """All that decides what an engine is."""
+    return {
         "onnx": source.files,
         "recipe": recipe.record(),
         "code": {
@@ -46,6 +41,16 @@ def build_engine(recipe: Recipe, onnx_folder: Path, root: Path, report: Report) 
         "machine": platform.machine(),
         "processor": processor(),
     }
+
+
+def build_engine(recipe: Recipe, onnx_folder: Path, root: Path, report: Report) -> Path:
+    """Build an engine below `root`, or find it there; returns its folder.
+
+    Raises EngineError where the ONNX folder was altered, or an engine's golden outputs are not the reference's.
+    """
+    remedy = "export it again with `python export/export_onnx.py`"
+    source = Manifest.load(onnx_folder, kind=export.KIND, remedy=remedy)
+    inputs = inputs_of(recipe, source)
     if found := existing(root, kind=KIND, name=recipe.name, inputs=inputs):
         report(f"engine: {found} is fresh")
         return found

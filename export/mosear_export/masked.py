@@ -18,7 +18,7 @@ from mosear.kernels.reallocated_attention.policy import AUDIO, VIDEO
 from mosear_export.fuse import replace_nodes
 from mosear_export.ops import DOMAIN
 from mosear_export.pack import PACKED_ATTENTION, PARAMS
-from mosear_export.plain import function, listed
+from mosear_export.plain import function
 
 CALL, ATTENTION = "AttentionCall", "MaskedAttention"
 CALL_INPUTS = ("key_group", "query_position", "key_length", "first_row", "strength", "group_bias")
@@ -244,7 +244,12 @@ def attend_masked(model: ModelProto, config: ModelConfig) -> None:
         )  # fmt: skip
     _one_row_of_masses(model, result, config)
     replace_nodes(model, result)
-    model.functions.extend([_call(config), _attention(config)])
+    model.functions.extend(functions(config))
+
+
+def functions(config: ModelConfig) -> list[FunctionProto]:
+    """What a call computes once, and what each layer does."""
+    return [_call(config), _attention(config)]
 
 
 def _shared(config: ModelConfig) -> list[str]:

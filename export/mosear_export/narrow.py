@@ -51,7 +51,7 @@ class Narrow:
         self.inputs = {value.name for value in model.graph.input}
         self.producer = {output: node for node in model.graph.node for output in node.output}
         self.made: dict[str, str] = {}  # a tensor, and its form in 16 bits
-        self.wide: set[str] = set()  # tensors that exist in fp32
+        self.wide = self.inputs - self.stored  # tensors that exist in fp32
         self.nodes: list[NodeProto] = []
 
     def run(self) -> None:
@@ -167,7 +167,12 @@ def sixteen(value: NDArray[np.generic], name: str, kind: str) -> TensorProto:
 
 
 def narrow(
-    model: ModelProto, kind: str, *, stored: Collection[str] = (), quantise: Quantise | None = None, emulate: bool = False
+    model: ModelProto,
+    kind: str,
+    *,
+    stored: Collection[str] = (),
+    quantise: Quantise | None = None,
+    emulate: bool = False,
 ) -> None:
     """Change a model without functions in place. kind: fp16 or bf16; stored: graph inputs and outputs in 16 bits.
 

@@ -1,6 +1,7 @@
-"""A part's graph as TensorRT takes it: mechanisms in operators that it fuses, products in 16 bits, weights in the recipe's type."""
+"""A part's graph as TensorRT takes it: mechanisms that it fuses, products in 16 bits, weights in the recipe's type."""
 
 import copy
+import re
 from collections.abc import Mapping
 
 import ml_dtypes
@@ -17,6 +18,7 @@ from mosear_export.narrow import Quantise, Weight, narrow
 
 BLOCK = 128  # int4 weights of a column that share a scale
 KEPT = {"own_group"}  # constants of a product that are no weights
+LAYER = re.compile(r"(?:\blayers\.|^(?:key|value)_)(\d+)")
 HEAD_MATRICES = (".down", ".up", ".a", ".gate", ".b")
 
 
@@ -38,14 +40,34 @@ def prepare_decoder(
     stored = {name for pair in part.state for name in pair} | {name for name in heads if name.endswith(HEAD_MATRICES)}
     _keep_inputs(model, used)
     narrow(model, kind(recipe), stored=stored, quantise=quantiser(recipe), emulate=emulate)
+    _name_by_layer(model)
     return model, heads
 
 
 def prepare_part(model: ModelProto, recipe: Recipe, *, emulate: bool = False) -> ModelProto:
     """Any other part's graph."""
     model = _inlined(model)
+    _widen_bytes(model)
     narrow(model, kind(recipe), emulate=emulate)
     return model
+
+
+def _widen_bytes(model: ModelProto) -> None:
+    """Pictures become fp32 first of all: TensorRT takes bytes as an input, and can do nothing with them but a cast."""
+    wide = {
+        value.name: f"{value.name}.wide"
+        for value in model.graph.input
+        if value.type.tensor_type.elem_type == TensorProto.UINT8
+    }
+    nodes = [
+        helper.make_node("Cast", [name], [made], name=f"cast_{name}", to=TensorProto.FLOAT)
+        for name, made in wide.items()
+    ]
+    for node in model.graph.node:
+        for at, name in enumerate(node.input):
+            node.input[at] = wide.get(name, name)
+        nodes.append(node)
+    fuse.replace_nodes(model, nodes)
 
 
 def kind(recipe: Recipe) -> str:
@@ -100,8 +122,9 @@ def _weight(
 ) -> Weight:  # fmt: skip
     scales = numpy_helper.from_array(np.ascontiguousarray(scale), f"{name}.scale")
     node = helper.make_node(
-        "DequantizeLinear", [stored.name, scales.name], [target], name=f"dequantise_{name}", **attributes
+        "DequantizeLinear", [stored.name, scales.name], [target], name=f"dequantise_{name}"
     )
+    node.attribute.extend(helper.make_attribute(key, number) for key, number in attributes.items())
     return Weight(tensors=(stored, scales), node=node, value=value)
 
 
@@ -135,6 +158,7 @@ def _inlined(model: ModelProto) -> ModelProto:
     del model.graph.initializer[:]  # the inliner would copy them
     inlined: ModelProto = inliner.inline_local_functions(model)
     inlined.graph.initializer.extend(weights)
+    del inlined.graph.value_info[:]  # types that will not be right
     _share_constants(inlined)
     return inlined
 
@@ -177,9 +201,17 @@ def _drop_dead(model: ModelProto) -> set[str]:
     return used
 
 
+def _name_by_layer(model: ModelProto) -> None:
+    """Name nodes `layers.<n>/<output>`, so that a plan's kernels can be told apart: nodes stand in the order of layers."""
+    layer = "call"
+    for node in model.graph.node:
+        found = [match[1] for name in node.input if (match := LAYER.search(name))]
+        layer = f"layers.{found[-1]}" if found else layer
+        node.name = f"{layer}/{node.output[0]}"
+
+
 def _keep_inputs(model: ModelProto, used: set[str]) -> None:
     """Leave out graph inputs that nothing reads: TensorRT would take no binding of them."""
     kept = [value for value in model.graph.input if value.name in used]
     del model.graph.input[:]
     model.graph.input.extend(kept)
-

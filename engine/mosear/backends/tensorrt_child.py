@@ -45,11 +45,22 @@ def build(job: dict[str, Any]) -> int:  # Any: JSON
         if config.add_optimization_profile(profile) < 0:
             tell(refused="profile", errors=[f"the builder does not take the profile {ranges}"])
             return 1
-    plan = Path(job["plan"])
-    with plan.open("wb") as file:
-        if not builder.build_serialized_network_to_stream(network, config, _stream(trt, file)):
-            tell(refused="builder", errors=[])
-            return 1
+    return _write(trt, builder, network, config, Path(job["plan"]))
+
+
+def _write(trt: Trt, builder: Trt, network: Trt, config: Trt, plan: Path) -> int:
+    failed: list[str] = []
+    try:
+        with plan.open("wb") as file:
+            built = builder.build_serialized_network_to_stream(network, config, _stream(trt, file, failed))
+    except OSError as error:  # what was kept back until the file was closed
+        failed.append(str(error))
+    if failed:  # the builder calls a plan built whose writing failed
+        tell(refused="disk", errors=failed[:1])
+        return 1
+    if not built:
+        tell(refused="builder", errors=[])
+        return 1
     tell(built=plan.stat().st_size, version=trt.__version__, memory_mb=_peak_mb(), **_tensors(network))
     return 0
 
@@ -105,7 +116,7 @@ def _monitor(trt: Trt) -> Trt:
     return Monitor()
 
 
-def _stream(trt: Trt, file: Any) -> Trt:  # Any: a binary file
+def _stream(trt: Trt, file: Any, failed: list[str]) -> Trt:  # Any: a binary file
     class Stream(trt.IStreamWriter):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.IStreamWriter.__init__(self)
@@ -114,7 +125,7 @@ def _stream(trt: Trt, file: Any) -> Trt:  # Any: a binary file
             try:
                 return int(file.write(data))
             except OSError as error:
-                tell(log=["ERROR", f"the plan cannot be written: {error}"])
+                failed.append(str(error))
                 return 0
 
     return Stream()
