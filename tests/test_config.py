@@ -245,6 +245,7 @@ def test_a_mistake_in_a_recipe_is_named(text: str, message: str, tmp_path: Path)
             r"limits.prompt_tokens \+ limits.new_tokens is 1280, above tensorrt.capacity 1000",
         ),
         ("[tensorrt]\nprefill_rows = 2000", r"tensorrt.prefill_rows is 2000: a call cannot hold more rows"),
+        ("[tensorrt]\nprefill_batch = 1", "are 1 and 8: they must be 2 or more"),
         ("[tensorrt]\ndecode_batch = 0", r"tensorrt.decode_batch is 0: it must be above 0"),
         (
             "[tensorrt]\nbuilder_memory = 2",

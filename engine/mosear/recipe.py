@@ -72,7 +72,7 @@ class TensorRT:
 
     compute_capabilities: tuple[str, ...] = ("8.6", "8.9", "12.0")
     capacity: int = 1280  # cache slots of a sequence
-    prefill_batch: int = 1
+    prefill_batch: int = 4
     prefill_rows: int = 512  # rows of a prompt in one call
     decode_batch: int = 8
     builder_memory_mb: int = 4096  # that the builder may allocate on this machine
@@ -81,6 +81,11 @@ class TensorRT:
         for name in self.__slots__[1:]:
             if getattr(self, name) <= 0:
                 raise ConfigError(f"tensorrt.{name} is {getattr(self, name)}: it must be above 0")
+        if min(self.prefill_batch, self.decode_batch) < 2:
+            raise ConfigError(
+                f"tensorrt.prefill_batch and decode_batch are {self.prefill_batch} and {self.decode_batch}: they must be 2 "
+                "or more, as a plan of a fixed batch of 1 in one profile holds weights twice"
+            )
         if self.prefill_rows > self.capacity:
             raise ConfigError(
                 f"tensorrt.prefill_rows is {self.prefill_rows}: a call cannot hold more rows than the cache has slots, "

@@ -11,9 +11,11 @@ lies. A group is a tensor of its own, not a place on an axis: then TensorRT make
 between the scores and the mask (with an axis it makes three).
 """
 
-from onnx import FunctionProto, ModelProto, NodeProto, helper
+import numpy as np
+from onnx import FunctionProto, ModelProto, NodeProto, TensorProto, helper
 
 from mosear.config import ModelConfig, Policy, Statistic
+from mosear.contract import Tensors
 from mosear.kernels.reallocated_attention.policy import AUDIO, VIDEO
 from mosear_export.fuse import replace_nodes
 from mosear_export.ops import DOMAIN
@@ -103,7 +105,6 @@ _CALL_GROUP = """
 """
 
 _ATTENTION = """
-    axis0 = Constant <value = int64[1] {{0}}> ()
     axis2 = Constant <value = int64[1] {{2}}> ()
     axis3 = Constant <value = int64[1] {{3}}> ()
     axis4 = Constant <value = int64[1] {{4}}> ()
@@ -149,13 +150,6 @@ _MASS = """
 _SHARE = "    before_{g} = Div(part_{g}, total)"
 
 _FLOW = """
-    spread = Constant <value = int64[2] {{1, 1}}> ()
-    tau_rows = Unsqueeze(tau, axis0)
-    tau_v, tau_a = Split <axis = 3> (tau_rows, spread)
-    ramp_rows = Unsqueeze(ramp, axis0)
-    ramp_v, ramp_a = Split <axis = 3> (ramp_rows, spread)
-    move_rows = Unsqueeze(move, axis0)
-    move_v, move_a = Split <axis = 3> (move_rows, spread)
     nothing = Constant <value = float {{0.0}}> ()
     unit = Constant <value = float {{1.0}}> ()
     pair = Add(before_{V}, before_{A})
@@ -181,8 +175,7 @@ _BALANCE = """
     flow_v = Mul(before_{V}, gives_v)
     flow_a = Mul(before_{A}, gives_a)
     net = Sub(flow_a, flow_v)
-    sigma_rows = Unsqueeze(sigma, axis0)
-    is_enough = GreaterOrEqual(pair, sigma_rows)
+    is_enough = GreaterOrEqual(pair, sigma)
     flow = Where(is_enough, net, nothing)
 """
 _SUM = """
@@ -196,8 +189,7 @@ _MEAN = """
     statistic_a = Div(before_{A}, keys_a)
 """
 _TARGET = """
-    audio_share_rows = Unsqueeze(audio_share, axis0)
-    wanted = Mul(audio_share_rows, pair)
+    wanted = Mul(audio_share, pair)
     away = Sub(before_{A}, wanted)
     flow = Mul(away, move_a)
 """
@@ -221,8 +213,12 @@ _BIAS_GROUP = """
 """
 
 
-def attend_masked(model: ModelProto, config: ModelConfig) -> None:
-    """Replace a packed decoder's reallocated attention in place, and give its masses the last row alone."""
+def attend_masked(model: ModelProto, config: ModelConfig, heads: Tensors) -> Tensors:
+    """Replace a packed decoder's reallocated attention in place, and give its masses the last row alone.
+
+    Returns the heads that its inputs now are: each policy parameter a column of its own, [1, H, 1, 1].
+    """
+    heads = _split_columns(model, heads)
     shared = _shared(config)
     names = [f"attention_call.{name}" for name in shared]
     result: list[NodeProto] = []
@@ -235,16 +231,43 @@ def attend_masked(model: ModelProto, config: ModelConfig) -> None:
         if not any(earlier.op_type == CALL for earlier in result):
             inputs = [group, position, length, first, strength, bias]
             result.append(helper.make_node(CALL, inputs, names, domain=DOMAIN, name=CALL))
+        columns = [column for name in params for column in columns_of(name)]
         scale = next(attribute.f for attribute in node.attribute if attribute.name == "scale")
         result.append(
             helper.make_node(
-                ATTENTION, [query, key, value, *params, *names], list(node.output), name=node.name, domain=DOMAIN,
+                ATTENTION, [query, key, value, *columns, *names], list(node.output), name=node.name, domain=DOMAIN,
                 scale=scale,
             )
         )  # fmt: skip
     _one_row_of_masses(model, result, config)
     replace_nodes(model, result)
     model.functions.extend(functions(config))
+    return heads
+
+
+def columns_of(name: str) -> list[str]:
+    """A policy parameter's inputs: for video and audio, or the one for both."""
+    kind = name.rsplit(".", 1)[-1]
+    places = PARAMS[kind]
+    return [f"{name}_v", f"{name}_a"] if places.stop - places.start == 2 else [name]
+
+
+def _split_columns(model: ModelProto, heads: Tensors) -> Tensors:
+    """Every `ar_params.<kind>` [H, 1, n] becomes n inputs of [1, H, 1, 1]: slices would be kernels of their own."""
+    made: Tensors = {}
+    for name, value in heads.items():
+        if ".ar_params." in name:
+            made |= {
+                column: np.ascontiguousarray(value[None, :, :, at, None]) for at, column in enumerate(columns_of(name))
+            }
+        else:
+            made[name] = value
+    kept = [value for value in model.graph.input if ".ar_params." not in value.name]
+    new = [(name, value) for name, value in made.items() if ".ar_params." in name]
+    del model.graph.input[:]
+    model.graph.input.extend(kept)
+    model.graph.input.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, value.shape) for name, value in new)
+    return made
 
 
 def functions(config: ModelConfig) -> list[FunctionProto]:
@@ -298,7 +321,8 @@ def _attention(config: ModelConfig) -> FunctionProto:
         parts=listed_names("part", groups), policy=f"{shares}\n{policy}", before=listed_names("before", groups),
         after=", ".join(f"{'after' if g in moved else 'before'}_{g}" for g in groups), bias=bias,
     )  # fmt: skip
-    inputs = ("query", "key", "value", *PARAMS, *_shared(config))
+    params = [column for name in PARAMS for column in columns_of(name)]
+    inputs = ("query", "key", "value", *params, *_shared(config))
     return function(ATTENTION, inputs, ("output", "mass_before", "mass_after"), ("scale",), body)
 
 

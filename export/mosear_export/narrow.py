@@ -19,7 +19,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from mosear_export.fuse import replace_nodes
 
 # Inputs of an operator that are numbers of its product.
-OPERANDS = {"MatMul": 2, "Gemm": 3, "Conv": 3, "Attention": 4, "TensorScatter": 2}
+OPERANDS = {"MatMul": 2, "Gemm": 3, "Conv": 3, "Attention": 4, "TensorScatter": 2, "Gather": 1}
 SIXTEEN = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 NUMPY = {"fp16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}
 BOOLEAN = {"And", "Or", "Not", "Less", "LessOrEqual", "Greater", "GreaterOrEqual", "Equal"}
@@ -79,6 +79,8 @@ class Narrow:
         """A linear layer has a constant matrix, or a head; other matrix products sum over rows, and stay in fp32."""
         if node.domain or node.op_type not in OPERANDS:
             return False
+        if node.op_type == "Gather":  # an embedding's table
+            return node.input[0] in self.weights and self.weights[node.input[0]].data_type == TensorProto.FLOAT
         return node.op_type != "MatMul" or node.input[1] in self.weights or node.input[1] in self.inputs
 
     def product(self, node: NodeProto) -> None:

@@ -29,7 +29,7 @@ def prepare_decoder(
     fuse.merge_linears(model)
     heads = pack.pack(model, config, heads)
     fuse.split_heads(model, config.backbone.head_size)
-    attend_masked(model, config)
+    heads = attend_masked(model, config, heads)
     model = _inlined(model)
     used = _drop_dead(model)
     heads = {name: value for name, value in heads.items() if name in used}
@@ -121,9 +121,7 @@ def _weight(
     attributes: Mapping[str, int],
 ) -> Weight:  # fmt: skip
     scales = numpy_helper.from_array(np.ascontiguousarray(scale), f"{name}.scale")
-    node = helper.make_node(
-        "DequantizeLinear", [stored.name, scales.name], [target], name=f"dequantise_{name}"
-    )
+    node = helper.make_node("DequantizeLinear", [stored.name, scales.name], [target], name=f"dequantise_{name}")
     node.attribute.extend(helper.make_attribute(key, number) for key, number in attributes.items())
     return Weight(tensors=(stored, scales), node=node, value=value)
 

@@ -38,13 +38,13 @@ PLAIN_WORDS = (
     ),
     (r"FP32 GEMM is not supported", "the chip has no fp32 products: leave it out of tensorrt.compute_capabilities"),
     (
-        r"(?:No importer registered for op: (\w+)|Unsupported operator (\w+)|Plugin not found[^:]*: (\w+))",
-        r"TensorRT has no operator \1\2\3: write it in operators that it has (`mosear build --dry-run` lists them)",
+        r"(?s)While parsing node number \d+ \[(\w+) -> (?:.*?Plugin not found|.*?No importer registered)",
+        r"TensorRT has no operator \1: write it in operators that it has",
     ),
     (r"static sequence length dimension", "the cache has a dynamic axis L: fix it to the recipe's tensorrt.capacity"),
     (r"bad_alloc|[Oo]ut of memory|Cannot allocate memory", "the builder had not enough memory"),
     (
-        r"(?:kMIN|kOPT|kMAX|optimization profile).*",
+        r"(?:kMIN|kOPT|kMAX|profile has min).*",
         "a profile does not fit the graph: check [tensorrt] capacity, prefill_rows and the batches",
     ),
 )
