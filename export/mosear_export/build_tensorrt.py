@@ -7,7 +7,7 @@ files, so a changed expert (heads are inputs of the decoder) makes a new engine 
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,7 @@ from mosear.contract import DECODER, Part, Tensors, parts
 from mosear.engine import CONFIG, HEADS, KIND, TOKENIZER, load_heads
 from mosear.errors import EngineError
 from mosear.recipe import Heads, Precision, Recipe
-from mosear_export import export, fuse, golden, masked, narrow, pack, plain, tensorrt_graph
+from mosear_export import export, fuse, golden, masked, masked_body, narrow, pack, plain, tensorrt_graph
 
 Report = Callable[[str], None]
 PLAN, PLANS = "plan", "plans"
@@ -34,7 +34,7 @@ LABEL_ROWS = 8  # rows of a prefill whose logits are wanted, at most
 TOLERANCE = {
     Precision.FP16: 0.05, Precision.BF16: 0.3, Precision.INT8: 0.3, Precision.INT4: 0.8, Precision.FP8: 0.8,
 }  # fmt: skip
-CODE = (fuse, masked, narrow, pack, plain, tensorrt_graph, tensorrt_builder, tensorrt_child)
+CODE = (fuse, masked, masked_body, narrow, pack, plain, tensorrt_graph, tensorrt_builder, tensorrt_child)
 
 
 def inputs_of(recipe: Recipe, source: Manifest) -> dict[str, object]:
@@ -128,14 +128,23 @@ def _describe(draft: Draft, built: Built, recipe: Recipe) -> None:
 
 
 def compile_part(
-    recipe: Recipe, onnx_folder: Path, part: Part, config: ModelConfig, plan: Path, report: Report
+    recipe: Recipe,
+    onnx_folder: Path,
+    part: Part,
+    config: ModelConfig,
+    plan: Path,
+    report: Report,
+    *,
+    dropped: Collection[str] = (),
 ) -> Built:
-    """Prepare a part's graph and build its plan."""
+    """Prepare a part's graph and build its plan; `dropped` outputs are left out, with all that serves them alone."""
     model, _ = _prepared(recipe, onnx_folder, part, config)
+    tensorrt_graph.drop_outputs(model, dropped)
     settings = recipe.plans
     tensorrt_graph.fix_axis(model, "L", settings.capacity)
     shapes = tensorrt_graph.shapes(model)
     ranges = tuple(profile(part, shapes, sizes) for sizes in profiles(part, config, recipe))
+    plan.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=plan.parent.parent, prefix=".graph-") as aside:
         path = Path(aside, f"{part.name}.onnx")
         onnx.save_model(model, path, save_as_external_data=True, location=f"{path.name}.data", size_threshold=1024)

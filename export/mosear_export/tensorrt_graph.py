@@ -2,7 +2,7 @@
 
 import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import ml_dtypes
 import numpy as np
@@ -206,6 +206,14 @@ def _name_by_layer(model: ModelProto) -> None:
         found = [match[1] for name in node.input if (match := LAYER.search(name))]
         layer = f"layers.{found[-1]}" if found else layer
         node.name = f"{layer}/{node.output[0]}"
+
+
+def drop_outputs(model: ModelProto, names: Collection[str]) -> None:
+    """Leave out graph outputs, the nodes that serve them alone, and the inputs that these alone read."""
+    kept = [value for value in model.graph.output if value.name not in names]
+    del model.graph.output[:]
+    model.graph.output.extend(kept)
+    _keep_inputs(model, _drop_dead(model))
 
 
 def _keep_inputs(model: ModelProto, used: set[str]) -> None:
