@@ -123,7 +123,7 @@ def _attention(config: ModelConfig) -> FunctionProto:
     ar, names = config.ar, {"V": VIDEO, "A": AUDIO}
     moved = (VIDEO, AUDIO) if ar.policy is not Policy.OFF else ()
     masses = "".join(masked_body.MASS.format(g=g) for g in groups)
-    shares = "\n".join(_SHARE.format(g=g) for g in groups)
+    shares = "\n".join(masked_body.SHARE.format(g=g) for g in groups)
     policy, bias = "", "    row_masks = Identity(mask)"
     if moved:
         statistic = (masked_body.MEAN if ar.statistic is Statistic.MEAN else masked_body.SUM).format(**names)
@@ -132,7 +132,7 @@ def _attention(config: ModelConfig) -> FunctionProto:
             if ar.policy is Policy.BALANCE
             else masked_body.TARGET.format(**names)
         )
-        policy = masked_body.FLOW.format(flow=flow, **names)
+        policy = masked_body.FLOW.format(flow=flow.format(statistic=statistic, **names), **names)
         biases = "".join(masked_body.BIAS_GROUP.format(g=g) for g in moved)
         bias = masked_body.BIAS.format(most=MOST, groups=biases, bias=listed_names("key_bias", moved))
     body = masked_body.ATTENTION.format(

@@ -120,7 +120,7 @@ MASS = """
     below_{g} = Sub(lse_{g}, top)
     part_{g} = Exp(below_{g})
 """
-_SHARE = "    before_{g} = Div(part_{g}, total)"
+SHARE = "    before_{g} = Div(part_{g}, total)"
 
 FLOW = """
     nothing = Constant <value = float {{0.0}}> ()
