@@ -52,9 +52,11 @@ def refusal(made: Job) -> str:
 
 def test_a_plan_is_built_and_read(tmp_path: Path) -> None:
     lines: list[str] = []
+    ballast = b"x" * (800 << 20)  # this process's memory is not the child's
     built = build_plan(job(tmp_path, linear()), lines.append)
     assert built.plan.chips == ("8.6", "8.9") and built.version == installed_version(RTX)
     assert built.inputs == {"x": ["HALF", [-1, 64]]} and built.outputs == {"y": ["HALF", [-1, 64]]}
+    assert 100 < built.memory_mb < 600 < len(ballast) / 2**20
     (program,) = built.plan.programs
     assert [(kernel.kind, kernel.nodes, kernel.layer) for kernel in program.kernels] == [
         ("fully_connected", ("layers.3/y",), 3)

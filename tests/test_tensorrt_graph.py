@@ -22,16 +22,13 @@ from mosear_export.golden import SIZES, inputs_of, relative_errors
 from mosear_export.masked import attend_masked
 from mosear_export.tensorrt_graph import fp8, integers, prepare_decoder, prepare_part, stored_head
 
-# RMS error of an output relative to its own RMS, a toy of two or three layers against the fp32 reference. The toy's gates are
-# steep, and magnify. Worst measured over all combinations: fp16 1.1e-2, bf16 7.3e-2, int8 7.3e-2, fp8 0.23. No width of the
-# toy is a multiple of 128, so int4 is int8 here.
-TOLERANCE = {
-    Precision.FP16: 2e-2,
-    Precision.BF16: 0.15,
-    Precision.INT8: 0.12,
-    Precision.INT4: 0.12,
-    Precision.FP8: 0.35,
-}
+# RMS error of an output relative to its own RMS, a toy of two or three layers against the fp32 reference. What is exact is
+# held to in fp32 below; these bound what 16 bits and narrower weights add, which the toy's steep gates magnify. Worst measured
+# (logits, experts on all seven linears): fp16 0.038, bf16 0.26, int8 0.19, fp8 0.29; of the other combinations 0.011, 0.073,
+# 0.057, 0.23. No width of the toy is a multiple of 128, so int4 is int8 here.
+TOLERANCE = {Precision.FP16: 0.05, Precision.BF16: 0.35, Precision.INT8: 0.25, Precision.INT4: 0.25, Precision.FP8: 0.4}
+# Of parts without gates.
+NARROW = {Precision.FP16: 2e-2, Precision.BF16: 0.15}
 BATCH, ROWS, CAPACITY = 2, 9, 19
 
 
@@ -246,4 +243,4 @@ def test_other_parts_in_16_bits(name: str, precision: Precision, tmp_path: Path)
     for output, value in run(model, {n: t.numpy() for n, t in tensors.items()}).items():
         error = relative_errors(value, wanted[output].numpy())[1]
         print(output, error)
-        assert error <= TOLERANCE[precision]
+        assert error <= NARROW[precision]

@@ -81,8 +81,9 @@ def _tensors(network: Trt) -> dict[str, dict[str, list[object]]]:
 
 
 def _peak_mb() -> float:
-    """Largest resident memory of this process."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    """Largest resident memory of this program (getrusage would count that of the parent, before the child became it)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM:"))
 
 
 def _logger(trt: Trt) -> Trt:
