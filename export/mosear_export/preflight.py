@@ -18,8 +18,9 @@ from mosear_export import masked, pack
 from mosear_export.ops import DOMAIN
 
 ROWS_OF_A_REPORT = 3
-# Peak memory of a build, fitted to the demo's decoder (30 layers, 269 MB of weights: 1.5 to 1.9 GB), a decoder of 8 layers (246 MB:
-# 1.05 GB) and a part without layers (0.25 GB).
+# Peak memory of a build, fitted to the most measured: the demo's decoder (30 layers, 269 MB of weights) took 1.5 to 1.9 GB,
+# a decoder of 8 layers (246 MB)
+# 1.05 GB, a part without layers 0.25 GB.
 BASE_MB, PER_WEIGHT_BYTE, PER_LAYER_MB = 250, 2.0, 37
 
 
