@@ -214,8 +214,10 @@ def test_our_recipes_are_read(path: Path) -> None:
     [
         ("precison = 'int8'", r"has an unknown key 'precison': did you mean 'precision'\?"),
         ("[limits]\nclip_second = 3", r"limits has an unknown key 'clip_second': did you mean 'clip_seconds'\?"),
-        ("precision = 'fp8'", "precision is 'fp8': choose one of fp32, int8"),
-        ("target = 'cuda'", "target is 'cuda': choose one of onnxruntime-cpu"),
+        ("precision = 'fp6'", "precision is 'fp6': choose one of fp32, fp16, bf16, int8, int4, fp8"),
+        ("precision = 'fp8'", "precision is fp8; target onnxruntime-cpu takes fp32, int8"),
+        ("target = 'cuda'", "target is 'cuda': choose one of onnxruntime-cpu, tensorrt-rtx"),
+        ("[tensorrt]", "a .tensorrt. table is for the target tensorrt-rtx"),
         ("heads = true", "heads is True: choose one of inputs, baked"),
         ("block = 48", "recipe x: block is 48; choose 16, 32"),
         ("threads = -1", "recipe x: threads is -1; 0 means all"),
@@ -230,6 +232,38 @@ def test_a_mistake_in_a_recipe_is_named(text: str, message: str, tmp_path: Path)
     path.write_text(f'name = "x"\n{text}\n')
     with pytest.raises(ConfigError, match=message):
         Recipe.load(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("precision = 'fp32'", "precision is fp32; target tensorrt-rtx takes fp16, bf16, int8, int4, fp8"),
+        ("precision = 'fp8'", "fp8, which compute capability 8.6 does not have: leave it out"),
+        ("precision = 'int4'", "block is 32; int4 on TensorRT takes blocks of 128"),
+        (
+            "[tensorrt]\ncapacity = 1000",
+            r"limits.prompt_tokens \+ limits.new_tokens is 1280, above tensorrt.capacity 1000",
+        ),
+        ("[tensorrt]\nprefill_rows = 2000", r"tensorrt.prefill_rows is 2000: a call cannot hold more rows"),
+        ("[tensorrt]\nprefill_batch = 1", "are 1 and 8: they must be 2 or more"),
+        ("[tensorrt]\ndecode_batch = 0", r"tensorrt.decode_batch is 0: it must be above 0"),
+        (
+            "[tensorrt]\nbuilder_memory = 2",
+            r"tensorrt has an unknown key 'builder_memory': did you mean 'builder_memory_mb'",
+        ),
+        ("[tensorrt]\ncompute_capabilities = ['9.0']", r"has '9.0': TensorRT-RTX builds for 8.0, .*target tensorrt"),
+        ("[tensorrt]\ncompute_capabilities = ['8.6', '8.6']", "name at least one, and each once"),
+        ("[tensorrt]\ncompute_capabilities = []", "name at least one"),
+        ("[tensorrt]\ncompute_capabilities = [8.6]", r"compute_capabilities\[0\] is 8.6, which is not of type str"),
+    ],
+)
+def test_a_mistake_in_a_tensorrt_recipe_is_named(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    precision = "" if "precision" in text else "precision = 'fp16'\n"
+    path.write_text(f'name = "x"\ntarget = "tensorrt-rtx"\n{precision}{text}\n')
+    with pytest.raises(ConfigError, match=message) as caught:
+        Recipe.load(path)
+    assert str(path) in str(caught.value)
 
 
 def test_a_recipe_must_be_there_and_have_a_name(tmp_path: Path) -> None:

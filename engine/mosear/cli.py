@@ -13,6 +13,7 @@ from mosear.runtime.request import Request
 from mosear.runtime.sampling import Sampling
 
 if TYPE_CHECKING:
+    from mosear.recipe import Recipe
     from mosear.serving.server import ServerOptions
 
 BUILD = Path("build")
@@ -53,6 +54,11 @@ def parser() -> argparse.ArgumentParser:
     build.add_argument("--recipe", type=Path, default=RECIPE, help="default: %(default)s")
     build.add_argument("--checkpoint", type=Path, help="checkpoint folder (default: the demo's, assembled)")
     build.add_argument("--out", type=Path, default=BUILD, help="where onnx/ and engines/ lie (default: %(default)s)")
+    build.add_argument("--dry-run", action="store_true", help="say what would stop the build, and build nothing")
+    explain = _command(commands, "explain", _explain, "would an engine be rebuilt, and why")
+    explain.add_argument("folder", type=Path, nargs="?", default=ENGINE, help="engine folder (default: %(default)s)")
+    explain.add_argument("--onnx", type=Path, default=BUILD / "onnx" / "onnx", help="default: %(default)s")
+    explain.add_argument("--recipe", type=Path, help="to compare with (default: the engine's own)")
     parity = _command(commands, "parity", _parity, "compare an engine with the PyTorch reference on 20 real prompts")
     parity.add_argument("--engine", type=Path, default=ENGINE, help="default: %(default)s")
     parity.add_argument("--checkpoint", type=Path, default=BUILD / "checkpoints" / "demo", help="default: %(default)s")
@@ -161,14 +167,39 @@ def _export(options: argparse.Namespace) -> None:
     export_checkpoint(_checkpoint(options), options.out / "onnx", _say)
 
 
-def _build(options: argparse.Namespace) -> None:
-    from mosear.recipe import Recipe
-    from mosear_export.build import build_engine
-    from mosear_export.export import export_checkpoint
+def _build(options: argparse.Namespace) -> int:
+    from mosear.recipe import Recipe, Target
 
     recipe = Recipe.load(options.recipe)
+    if options.dry_run:
+        return _preflight(recipe, options.out / "onnx" / "onnx")
+    from mosear_export import build, build_tensorrt
+    from mosear_export.export import export_checkpoint
+
     onnx_folder = export_checkpoint(_checkpoint(options), options.out / "onnx", _say)
-    build_engine(recipe, onnx_folder, options.out / "engines", _say)
+    stage = build if recipe.target is Target.ONNXRUNTIME_CPU else build_tensorrt
+    stage.build_engine(recipe, onnx_folder, options.out / "engines", _say)
+    return 0
+
+
+def _preflight(recipe: "Recipe", onnx_folder: Path) -> int:
+    from mosear_export.preflight import preflight
+
+    if not onnx_folder.exists():
+        raise ConfigError(f"{onnx_folder} is not there: export a checkpoint first, python export/export_onnx.py")
+    findings = preflight(recipe, onnx_folder)
+    for finding in findings:
+        _say(str(finding))
+    stops = sum(finding.stops for finding in findings)
+    _say(f"{recipe.name}: {f'{stops} findings stop this build' if stops else 'nothing stops this build'}")
+    return int(stops > 0)
+
+
+def _explain(options: argparse.Namespace) -> None:
+    from mosear_export.explain import explain
+
+    for line in explain(options.folder, options.onnx, options.recipe):
+        _say(line)
 
 
 def _parity(options: argparse.Namespace) -> None:

@@ -10,8 +10,11 @@ from pathlib import Path
 import onnxruntime
 
 from mosear.artifacts import MANIFEST
+from mosear.backends.tensorrt_builder import INSTALL, RTX
+from mosear.backends.tensorrt_load import first_device, installed_version
 from mosear.engine import Engine
 from mosear.errors import EngineError, MosearError
+from mosear.recipe import CAPABILITIES, Target
 
 SERVING = ("numpy", "onnxruntime", "av", "tokenizers", "safetensors", "pillow")
 BUILDING = ("torch", "onnx", "onnxscript", "gguf")
@@ -24,12 +27,31 @@ def examine(engine: Path) -> Iterator[str]:
         found = [f"{name} {_version(name)}" for name in names]
         yield f"{title:<11}{', '.join(found)}"
     yield f"providers  {', '.join(onnxruntime.get_available_providers())}; used: CPUExecutionProvider"
+    yield from _targets()
     try:
         with Engine(engine) as loaded:
             recipe = loaded.recipe
             yield f"engine     {engine.resolve()}: {recipe.target}, {recipe.precision}, {recipe.used_threads} threads: whole"
     except MosearError as error:
         yield f"engine     {error}"
+
+
+def _targets() -> Iterator[str]:
+    """What each target can do here, and what to type next."""
+    yield f"target     {Target.ONNXRUNTIME_CPU}: builds and runs here; python export/build_engine.py"
+    version, device = installed_version(RTX), first_device()
+    build = "export/build_engine.py --recipe export/recipes/rtx-fp16.toml"
+    if version is None:
+        yield f"target     {Target.TENSORRT_RTX}: cannot build here: {RTX} is not installed; {INSTALL[RTX]}"
+        return
+    chips = ", ".join(CAPABILITIES)
+    if device.compute_capability is None:
+        runs = f"cannot run here: {device.reason}"
+    elif device.compute_capability not in CAPABILITIES:
+        runs = f"cannot run here: this GPU is {device.compute_capability}, TensorRT-RTX serves {chips}"
+    else:
+        runs = f"this GPU ({device.compute_capability}) is one that it serves; running is not built yet"
+    yield f"target     {Target.TENSORRT_RTX}: {RTX} {version} builds here for {chips}, {runs}; python {build}"
 
 
 def examine_server(url: str) -> Iterator[str]:
@@ -62,8 +84,11 @@ def describe(folder: Path, *, as_json: bool) -> str:
     if as_json:
         return text.rstrip()
     lines = [f"{record['kind']} {record['key'][:12]} (format {record['format']})"]
+    lines += _plans(record["notes"])
     for title in ("inputs", "notes"):
         for name, value in sorted(record[title].items()):
+            if name == "parts":
+                continue
             shown = f"{len(value)} entries" if isinstance(value, dict) and len(value) > 12 else json.dumps(value)
             lines.append(f"  {title[:-1]:<6} {name}: {shown}")
     for name, digest in sorted(record["files"].items()):
@@ -71,3 +96,21 @@ def describe(folder: Path, *, as_json: bool) -> str:
         size = f"{path.stat().st_size:>12}" if path.exists() else "     missing"
         lines.append(f"  file   {size}  {digest[:12]}  {name}")
     return "\n".join(lines)
+
+
+def _plans(notes: dict[str, object]) -> Iterator[str]:
+    """Of a TensorRT engine, a line for each part and one for each of its profiles."""
+    parts = notes.get("parts")
+    for name, part in sorted(parts.items()) if isinstance(parts, dict) else ():
+        report, worst = part["report"], max(part["parity"].values())
+        yield (
+            f"  plan   {name}: {', '.join(part['compute_capabilities'])}; {report['bytes']:,} bytes, built in "
+            f"{part['seconds']} s with {part['memory_mb']} MB, largest RMS error {worst:.1e}"
+        )
+        for index, profile in enumerate(report["profiles"]):
+            layers = f", {profile['kernels_per_layer']} a layer" if profile["kernels_per_layer"] else ""
+            weights = ", ".join(f"{kind} {size:,}" for kind, size in sorted(profile["weight_bytes"].items()))
+            yield (
+                f"           profile {index}: {profile['kernels']} kernels{layers}, {profile['fused_attentions']} fused "
+                f"attentions, bytes of weights: {weights}"
+            )

@@ -10,10 +10,12 @@ from tokenizers import Tokenizer
 from mosear.artifacts import Manifest
 from mosear.backends.onnxruntime_cpu import OnnxRuntimeBackend
 from mosear.backends.session import Backend
+from mosear.backends.tensorrt_builder import RTX
+from mosear.backends.tensorrt_load import check_engine, first_device, installed_version
 from mosear.config import ModelConfig, parse
 from mosear.contract import Tensors
 from mosear.errors import EngineError
-from mosear.recipe import Recipe
+from mosear.recipe import Recipe, Target
 from mosear.runtime.features import feature_schema
 from mosear.runtime.media import MediaLimits, MediaReader
 from mosear.runtime.pipeline import Pipeline
@@ -46,11 +48,21 @@ class EngineFolder:
     def backend(self, names: Collection[str] = (), *, threads: int = 0) -> OnnxRuntimeBackend:
         """Sessions for these parts (none named: for all) with so many threads (0: the recipe's).
 
-        Raises EngineError where a file is missing or altered.
+        Raises EngineError where a file is missing or altered, or an engine is for another machine.
         """
+        if self.recipe.target is Target.TENSORRT_RTX:
+            self.check_tensorrt()
+            raise EngineError(
+                f"{self.folder} fits this machine, but this version builds TensorRT engines and runs none yet"
+            )
         self.manifest.verify(self.folder, remedy=REMEDY)
         heads, threads = load_heads(self.folder / HEADS), threads or self.recipe.used_threads
         return OnnxRuntimeBackend(self.folder, self.config, heads=heads, threads=threads, names=names)
+
+    def check_tensorrt(self) -> None:
+        """Raises EngineError where plans cannot run here, before one is read: version, chip and hashes."""
+        version = installed_version(RTX)
+        check_engine(self.folder, self.manifest, module=RTX, version=version, device=first_device())
 
     def media_reader(self) -> MediaReader:
         """The media process, within the limits of recipe and model."""

@@ -1,5 +1,6 @@
 """A recipe: one deployable choice (target, precision, threads, limits), read strictly from a TOML file."""
 
+import dataclasses
 import enum
 import os
 import tomllib
@@ -15,13 +16,31 @@ class Target(enum.StrEnum):
     """Runtimes that engines are built for."""
 
     ONNXRUNTIME_CPU = "onnxruntime-cpu"
+    TENSORRT_RTX = "tensorrt-rtx"
 
 
 class Precision(enum.StrEnum):
-    """Weights of the decoder's linear layers and head. Experts, gates and norms stay in fp32."""
+    """Weights of the decoder's linear layers and head. Experts, gates and norms stay in the target's wider type.
+
+    On onnxruntime-cpu that is fp32. On TensorRT it is 16 bits: products in fp16 or bf16, all else in fp32; below 16 bits
+    the weights alone are narrower (products in fp16).
+    """
 
     FP32 = "fp32"
+    FP16 = "fp16"
+    BF16 = "bf16"
     INT8 = "int8"
+    INT4 = "int4"
+    FP8 = "fp8"
+
+
+PRECISIONS = {
+    Target.ONNXRUNTIME_CPU: (Precision.FP32, Precision.INT8),
+    Target.TENSORRT_RTX: (Precision.FP16, Precision.BF16, Precision.INT8, Precision.INT4, Precision.FP8),
+}
+# Compute capabilities that TensorRT-RTX builds for. It takes 7.5 too, but has no fp32 products there, which pooling needs.
+CAPABILITIES = ("8.0", "8.6", "8.9", "12.0", "12.1")
+FP8_CAPABILITIES = ("8.9", "12.0", "12.1")
 
 
 class Heads(enum.StrEnum):
@@ -48,22 +67,97 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TensorRT:
+    """Chips, and the shapes that a plan serves. A plan has two profiles: prefill (rows of a prompt) and decode (one row)."""
+
+    compute_capabilities: tuple[str, ...] = ("8.6", "8.9", "12.0")
+    capacity: int = 1280  # cache slots of a sequence
+    prefill_batch: int = 4
+    prefill_rows: int = 512  # rows of a prompt in one call
+    decode_batch: int = 8
+    builder_memory_mb: int = 4096  # that the builder may allocate on this machine
+
+    def __post_init__(self) -> None:
+        for name in self.__slots__[1:]:
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"tensorrt.{name} is {getattr(self, name)}: it must be above 0")
+        if min(self.prefill_batch, self.decode_batch) < 2:
+            raise ConfigError(
+                f"tensorrt.prefill_batch and decode_batch are {self.prefill_batch} and {self.decode_batch}: they must be 2 "
+                "or more, as a plan of a fixed batch of 1 in one profile holds weights twice"
+            )
+        if self.prefill_rows > self.capacity:
+            raise ConfigError(
+                f"tensorrt.prefill_rows is {self.prefill_rows}: a call cannot hold more rows than the cache has slots, "
+                f"tensorrt.capacity {self.capacity}"
+            )
+        given = self.compute_capabilities
+        for capability in given:
+            if capability not in CAPABILITIES:
+                raise ConfigError(
+                    f"tensorrt.compute_capabilities has {capability!r}: TensorRT-RTX builds for {', '.join(CAPABILITIES)}"
+                    " (7.5 lacks fp32 products; 9.0 and 10.0, the data-centre chips, need the target tensorrt)"
+                )
+        if not given or len(set(given)) < len(given):
+            raise ConfigError(f"tensorrt.compute_capabilities is {list(given)}: name at least one, and each once")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
     """All of a recipe file."""
 
     name: str
     target: Target = Target.ONNXRUNTIME_CPU
     precision: Precision = Precision.FP32
-    block: int = 32  # weights that share a scale (int8)
+    block: int = 32  # weights that share a scale (int8 on onnxruntime-cpu; int4: 128)
     heads: Heads = Heads.INPUTS
     threads: int = 0  # 0: as many as this process may use
     limits: Limits = field(default_factory=Limits)
+    tensorrt: TensorRT | None = None  # of the TensorRT targets
 
     def __post_init__(self) -> None:
         if self.block not in (16, 32, 64, 128, 256):
             raise ConfigError(f"recipe {self.name}: block is {self.block}; choose 16, 32, 64, 128 or 256")
         if self.threads < 0:
             raise ConfigError(f"recipe {self.name}: threads is {self.threads}; 0 means all that this process may use")
+        fits = PRECISIONS[self.target]
+        if self.precision not in fits:
+            raise ConfigError(
+                f"recipe {self.name}: precision is {self.precision}; target {self.target} takes {', '.join(fits)}"
+            )
+        if self.target is Target.ONNXRUNTIME_CPU:
+            if self.tensorrt is not None:
+                raise ConfigError(f"recipe {self.name}: a [tensorrt] table is for the target tensorrt-rtx")
+        else:
+            self._check_tensorrt()
+
+    def _check_tensorrt(self) -> None:
+        settings, needed = self.plans, self.limits.prompt_tokens + self.limits.new_tokens
+        if needed > settings.capacity:
+            raise ConfigError(
+                f"recipe {self.name}: limits.prompt_tokens + limits.new_tokens is {needed}, above tensorrt.capacity "
+                f"{settings.capacity}: raise the capacity, or lower the limits"
+            )
+        without = [c for c in settings.compute_capabilities if c not in FP8_CAPABILITIES]
+        if self.precision is Precision.FP8 and without:
+            raise ConfigError(
+                f"recipe {self.name}: precision is fp8, which compute capability {', '.join(without)} does not have: "
+                f"leave it out of tensorrt.compute_capabilities (fp8: {', '.join(FP8_CAPABILITIES)}), or choose fp16"
+            )
+        if self.precision is Precision.INT4 and self.block != 128:
+            raise ConfigError(f"recipe {self.name}: block is {self.block}; int4 on TensorRT takes blocks of 128")
+
+    @property
+    def plans(self) -> TensorRT:
+        """Settings of the TensorRT targets."""
+        return self.tensorrt or TensorRT()
+
+    def record(self) -> dict[str, object]:
+        """What a manifest says of it: without the settings of other targets."""
+        found = dataclasses.asdict(self)
+        if self.target is Target.ONNXRUNTIME_CPU:
+            del found["tensorrt"]
+        return found
 
     @property
     def used_threads(self) -> int:

@@ -1,6 +1,5 @@
 """Stage ONNX folder to engine folder, for the target of a recipe."""
 
-import dataclasses
 import platform
 import shutil
 import tempfile
@@ -29,16 +28,11 @@ Report = Callable[[str], None]
 GOLDEN_TOLERANCE = {Precision.FP32: 2e-4, Precision.INT8: 0.5}
 
 
-def build_engine(recipe: Recipe, onnx_folder: Path, root: Path, report: Report) -> Path:
-    """Build an engine below `root`, or find it there; returns its folder.
-
-    Raises EngineError where the ONNX folder was altered, or an engine's golden outputs are not the reference's.
-    """
-    remedy = "export it again with `python export/export_onnx.py`"
-    source = Manifest.load(onnx_folder, kind=export.KIND, remedy=remedy)
-    inputs: dict[str, object] = {
+def inputs_of(recipe: Recipe, source: Manifest) -> dict[str, object]:
+    """All that decides what an engine is."""
+    return {
         "onnx": source.files,
-        "recipe": dataclasses.asdict(recipe),
+        "recipe": recipe.record(),
         "code": {
             module.__name__: file_hash(Path(str(module.__file__)))
             for module in (fuse, pack, plain, quantise, onnxruntime_cpu)
@@ -47,6 +41,16 @@ def build_engine(recipe: Recipe, onnx_folder: Path, root: Path, report: Report) 
         "machine": platform.machine(),
         "processor": processor(),
     }
+
+
+def build_engine(recipe: Recipe, onnx_folder: Path, root: Path, report: Report) -> Path:
+    """Build an engine below `root`, or find it there; returns its folder.
+
+    Raises EngineError where the ONNX folder was altered, or an engine's golden outputs are not the reference's.
+    """
+    remedy = "export it again with `python export/export_onnx.py`"
+    source = Manifest.load(onnx_folder, kind=export.KIND, remedy=remedy)
+    inputs = inputs_of(recipe, source)
     if found := existing(root, kind=KIND, name=recipe.name, inputs=inputs):
         report(f"engine: {found} is fresh")
         return found

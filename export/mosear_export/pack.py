@@ -175,6 +175,13 @@ def _join_experts(model: ModelProto, config: ModelConfig, joints: list[Joint]) -
     replace_nodes(model, result)
 
 
+def functions(config: ModelConfig) -> list[FunctionProto]:
+    """The functions of packed experts, of one linear and of two, or the plain one where gates are state."""
+    if config.mose.route is Route.TOKEN:
+        return [_joint_function(config, size) for size in (1, 2)]
+    return [function for function in plain.functions(config) if function.name == EXPERTS]
+
+
 def _joint_node(joint: Joint) -> NodeProto:
     """The node of a joint; its sum takes the base's place for the split, or the place of the only linear's sum."""
     given, y = {node.input[0]: node.output[0] for node in joint.nodes}, f"{joint.name}.y"

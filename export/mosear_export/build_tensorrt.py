@@ -1,0 +1,226 @@
+"""Stage ONNX folder to engine folder for TensorRT: a plan for each part, built once for all engines that it is right for.
+
+Plans are folders of their own, `<root>/plans/<part>-<key>`, found again by content. An engine folder links to its plans'
+files, so a changed expert (heads are inputs of the decoder) makes a new engine folder and builds no plan.
+"""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from safetensors.numpy import load_file, save_file
+
+from mosear.artifacts import Draft, Manifest, existing, file_hash, publish
+from mosear.backends import tensorrt_builder, tensorrt_child
+from mosear.backends.tensorrt_builder import Built, Job, build_plan, profile
+from mosear.backends.tensorrt_load import installed_version
+from mosear.config import ModelConfig
+from mosear.contract import DECODER, Part, Tensors, parts
+from mosear.engine import CONFIG, HEADS, KIND, TOKENIZER, load_heads
+from mosear.errors import EngineError
+from mosear.recipe import Heads, Precision, Recipe
+from mosear_export import export, fuse, golden, masked, masked_body, narrow, pack, plain, tensorrt_graph
+
+Report = Callable[[str], None]
+PLAN, PLANS = "plan", "plans"
+LABEL_ROWS = 8  # rows of a prefill whose logits are wanted, at most
+# Largest root mean square error of a part's golden outputs relative to theirs; inputs are words in random order, which 30
+# layers amplify. Measured on the demo's decoder, its worst output (logits): fp16 0.013, bf16 0.06, int8 0.30, int4 0.52.
+TOLERANCE = {
+    Precision.FP16: 0.05, Precision.BF16: 0.3, Precision.INT8: 0.5, Precision.INT4: 0.8, Precision.FP8: 0.8,
+}  # fmt: skip
+CODE = (fuse, masked, masked_body, narrow, pack, plain, tensorrt_graph, tensorrt_builder, tensorrt_child)
+
+
+def inputs_of(recipe: Recipe, source: Manifest) -> dict[str, object]:
+    """All that decides what an engine is."""
+    return {
+        "onnx": source.files,
+        "recipe": recipe.record(),
+        "code": {module.__name__: file_hash(Path(str(module.__file__))) for module in CODE},
+        tensorrt_builder.RTX: installed_version(tensorrt_builder.RTX),
+    }
+
+
+def plan_inputs(recipe: Recipe, source: Manifest, part: str) -> dict[str, object]:
+    """All that decides what a part's plan is: heads only where they are baked into it."""
+    whole, record = inputs_of(recipe, source), recipe.record()
+    files = {name: digest for name, digest in source.files.items() if name in (f"{part}.onnx", f"{part}.onnx.data")}
+    if part == DECODER and recipe.heads is Heads.BAKED:
+        files[HEADS] = source.files[HEADS]
+    files[CONFIG] = source.files[CONFIG]
+    kept = {key: record[key] for key in ("target", "precision", "block", "heads", "tensorrt")}
+    return whole | {"onnx": files, "recipe": kept, "part": part}
+
+
+def find_plan(recipe: Recipe, source: Manifest, root: Path, part: str) -> Path | None:
+    """The folder of a part's plan below `root`, if it is there."""
+    return existing(root, kind=PLAN, name=part, inputs=plan_inputs(recipe, source, part))
+
+
+def build_engine(recipe: Recipe, onnx_folder: Path, root: Path, report: Report) -> Path:
+    """Build an engine below `root`, or find it there; raises EngineError as `build_plan` and `check_golden` do."""
+    remedy = "export it again with `python export/export_onnx.py`"
+    source = Manifest.load(onnx_folder, kind=export.KIND, remedy=remedy)
+    inputs = inputs_of(recipe, source)
+    if found := existing(root, kind=KIND, name=recipe.name, inputs=inputs):
+        report(f"engine: {found} is fresh")
+        return found
+    source.verify(onnx_folder, remedy=remedy)
+    config = ModelConfig.load(onnx_folder / CONFIG)
+    table = parts(config)
+    notes: dict[str, object] = {}
+    with publish(root, kind=KIND, name=recipe.name, inputs=inputs) as draft:
+        for index, (name, part) in enumerate(table.items(), 1):
+            report(f"engine: {name} ({index} of {len(table)})")
+            folder = _plan_folder(recipe, onnx_folder, source, root, part, config, report)
+            _link(folder / f"{name}.plan", draft.folder / f"{name}.plan")
+            notes[name] = Manifest.load(folder, kind=PLAN, remedy="build again").notes
+        for file in (CONFIG, TOKENIZER):
+            shutil.copy(onnx_folder / file, draft.folder)
+        _, heads = _prepared(recipe, onnx_folder, table[DECODER], config)
+        if heads:
+            save_file(heads, draft.folder / HEADS)
+        chips = list(recipe.plans.compute_capabilities)
+        draft.notes |= {"target": recipe.target, "compute_capabilities": chips, "parts": notes}
+    report(f"engine: wrote {(root / recipe.name).resolve()}")
+    return (root / recipe.name).resolve()
+
+
+def _link(source: Path, target: Path) -> None:
+    """One file for all engines where the file system can."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy(source, target)
+
+
+def _plan_folder(
+    recipe: Recipe, onnx_folder: Path, source: Manifest, root: Path, part: Part, config: ModelConfig, report: Report
+) -> Path:
+    inputs, folder = plan_inputs(recipe, source, part.name), root / PLANS
+    if found := find_plan(recipe, source, folder, part.name):
+        return found
+    with publish(folder, kind=PLAN, name=part.name, inputs=inputs) as draft:
+        draft.notes["parity"] = check_golden(recipe, onnx_folder, part, config)
+        built = compile_part(recipe, onnx_folder, part, config, draft.folder / f"{part.name}.plan", report)
+        _describe(draft, built, recipe)
+        report(f"engine: {part.name}: {built.seconds:.1f} s, {built.memory_mb:.0f} MB, plan {built.plan.size:,} bytes")
+    found = find_plan(recipe, source, folder, part.name)
+    assert found is not None, "a plan that was just published is there"
+    return found
+
+
+def _describe(draft: Draft, built: Built, recipe: Recipe) -> None:
+    draft.notes |= {
+        "compute_capabilities": list(built.plan.chips), "version": built.version, "seconds": round(built.seconds, 1),
+        "memory_mb": round(built.memory_mb), "inputs": built.inputs, "outputs": built.outputs,
+        "report": built.plan.record(),
+    }  # fmt: skip
+    wanted, found = set(recipe.plans.compute_capabilities), set(built.plan.chips)
+    if wanted != found:
+        raise EngineError(f"the plan is for {sorted(found)}, the recipe asked for {sorted(wanted)}: report this")
+
+
+def compile_part(
+    recipe: Recipe,
+    onnx_folder: Path,
+    part: Part,
+    config: ModelConfig,
+    plan: Path,
+    report: Report,
+    *,
+    dropped: Collection[str] = (),
+) -> Built:
+    """Prepare a part's graph and build its plan; `dropped` outputs are left out, with all that serves them alone."""
+    model, _ = _prepared(recipe, onnx_folder, part, config)
+    tensorrt_graph.drop_outputs(model, dropped)
+    settings = recipe.plans
+    tensorrt_graph.fix_axis(model, "L", settings.capacity)
+    shapes = tensorrt_graph.shapes(model)
+    ranges = tuple(profile(part, shapes, sizes) for sizes in profiles(part, config, recipe))
+    plan.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=plan.parent.parent, prefix=".graph-") as aside:
+        path = Path(aside, f"{part.name}.onnx")
+        onnx.save_model(model, path, save_as_external_data=True, location=f"{path.name}.data", size_threshold=1024)
+        del model
+        job = Job(
+            part=part.name, onnx=path, plan=plan, profiles=ranges if ranges[0] else (),
+            compute_capabilities=settings.compute_capabilities, memory_mb=settings.builder_memory_mb,
+        )  # fmt: skip
+        return build_plan(job, report)
+
+
+def profiles(part: Part, config: ModelConfig, recipe: Recipe) -> list[dict[str, tuple[int, int, int]]]:
+    """Smallest, usual and largest size of each dynamic axis: of the decoder for a prefill, then for a decoded token."""
+    plans, frames = recipe.plans, config.face.frames
+    rows = (1, max(1, plans.prefill_rows // 2), plans.prefill_rows)
+    if part.name == DECODER:
+        batch = (1, plans.prefill_batch, plans.prefill_batch)
+        prefill = {"B": batch, "S": rows, "Q": (1, 1, min(LABEL_ROWS, plans.prefill_rows))}
+        return [prefill, {"B": (1, plans.decode_batch, plans.decode_batch), "S": (1, 1, 1), "Q": (1, 1, 1)}]
+    longest = 2 * config.voice.max_frames
+    return [{
+        "B": (1, 1, plans.decode_batch), "S": rows, "T": (4, longest // 2, longest), "N": (1, frames, frames),
+    }]  # fmt: skip
+
+
+def _prepared(
+    recipe: Recipe, onnx_folder: Path, part: Part, config: ModelConfig, *, emulate: bool = False
+) -> tuple[onnx.ModelProto, Tensors]:
+    model = onnx.load(onnx_folder / f"{part.name}.onnx")
+    if part.name != DECODER:
+        return tensorrt_graph.prepare_part(model, recipe, emulate=emulate), {}
+    heads = load_heads(onnx_folder / HEADS)
+    return tensorrt_graph.prepare_decoder(model, config, recipe, heads, part, emulate=emulate)
+
+
+def check_golden(recipe: Recipe, onnx_folder: Path, part: Part, config: ModelConfig) -> dict[str, float]:
+    """RMS error of each output of the prepared graph, its 16 bits emulated, relative to the reference's.
+
+    Raises EngineError above the tolerance. The decoder's reference is the exported graph on the golden inputs with the
+    last row alone reallocated, as a plan does.
+    """
+    stored = load_file(onnx_folder / export.GOLDEN / f"{part.name}.safetensors")
+    feeds = {key[3:]: value for key, value in stored.items() if key.startswith("in.")}
+    wanted = {key[4:]: value for key, value in stored.items() if key.startswith("out.")}
+    model, heads = _prepared(recipe, onnx_folder, part, config, emulate=True)
+    with tempfile.TemporaryDirectory() as aside:
+        if part.name == DECODER:
+            feeds["first_row"] = (feeds["key_length"].astype(int) - 1).astype(np.int32)
+            names = ["logits", "mass_before", "mass_after"]
+            reference = _session(onnx_folder / f"{part.name}.onnx")
+            values = reference.run(names, feeds | load_heads(onnx_folder / HEADS))
+            del reference
+            wanted = dict(zip(names, values, strict=True)) | {"key_0_out": wanted["key_0_out"]}
+            wanted |= {name: _last_row(wanted[name], feeds) for name in names[1:]}
+            heads = {n: tensorrt_graph.stored_head(v, n, recipe).astype(np.float32) for n, v in heads.items()}
+        path = Path(aside, "part.onnx")
+        onnx.save_model(model, path, save_as_external_data=True, location="data", size_threshold=1024)
+        session = _session(path)
+        given = {value.name: (feeds | heads)[value.name] for value in session.get_inputs()}
+        found = dict(zip(wanted, session.run(list(wanted), given), strict=True))
+    errors = {name: golden.relative_errors(found[name], value)[1] for name, value in wanted.items()}
+    worst, limit = max(errors, key=lambda name: errors[name]), TOLERANCE[recipe.precision]
+    if not errors[worst] <= limit:
+        raise EngineError(
+            f"{part.name}.{worst} in {recipe.precision} differs by {errors[worst]:.2e} RMS (limit {limit})"
+        )
+    return errors
+
+
+def _last_row(masses: np.ndarray, feeds: Tensors) -> np.ndarray:  # type: ignore[type-arg]
+    """[B, layers, H, S, G] to those of each sequence's last row, [B, layers, H, 1, G]."""
+    rows = feeds["key_length"].astype(int) - 1 - feeds["position"][:, 0].astype(int)
+    return np.stack([masses[i, :, :, row : row + 1] for i, row in enumerate(rows)])
+
+
+def _session(path: Path) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

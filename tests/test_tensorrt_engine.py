@@ -1,0 +1,177 @@
+"""A toy's whole engine for TensorRT-RTX: what is fused, what is rebuilt when, and what a dry run says."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import helper
+from safetensors.numpy import load_file, save_file
+from toy import toy_config, toy_model
+from toy_engine import LIMITS, byte_tokenizer
+
+from mosear.artifacts import Manifest, folder_hashes
+from mosear.backends import tensorrt_builder
+from mosear.cli import main
+from mosear.config import ModelConfig, Policy
+from mosear.contract import DECODER, parts
+from mosear.doctor import describe
+from mosear.engine import HEADS, KIND, Engine, EngineFolder
+from mosear.errors import EngineError
+from mosear.recipe import Precision, Recipe, Target, TensorRT
+from mosear_export import build_tensorrt, checkpoint, export
+from mosear_export.build_tensorrt import build_engine
+from mosear_export.explain import explain
+from mosear_export.export import export_checkpoint
+from mosear_export.preflight import memory_mb, preflight
+
+PLANS = TensorRT(compute_capabilities=("8.9",), capacity=3400, prefill_batch=2, prefill_rows=64, decode_batch=3)
+RECIPE = Recipe(name="toy-rtx", target=Target.TENSORRT_RTX, precision=Precision.FP16, limits=LIMITS, tensorrt=PLANS)
+
+
+@pytest.fixture(scope="module")
+def onnx_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A toy whose heads are wide enough for TensorRT's fused attentions: it has none for 8."""
+    root, config = tmp_path_factory.mktemp("wide"), toy_config()
+    config = dataclasses.replace(
+        config,
+        backbone=dataclasses.replace(config.backbone, vocab_size=300, max_positions=4096, head_size=32),
+        voice=dataclasses.replace(config.voice, hidden_size=64),
+    )
+    checkpoint.save(root / "checkpoint", config, toy_model(config).files(), byte_tokenizer().to_str())
+    return export_checkpoint(root / "checkpoint", root / "onnx", print)
+
+
+@pytest.fixture(scope="module")
+def engine(onnx_folder: Path) -> Path:
+    return build_engine(RECIPE, onnx_folder, onnx_folder.parent / "engines", print)
+
+
+def profiles(engine: Path, part: str) -> list[dict[str, object]]:
+    parts = Manifest.load(engine, kind=KIND, remedy="").notes["parts"]
+    assert isinstance(parts, dict)
+    found = parts[part]["report"]["profiles"]
+    assert isinstance(found, list)
+    return found
+
+
+def test_every_attention_is_fused(engine: Path) -> None:
+    config = EngineFolder(engine).config
+    prefill, decode = profiles(engine, "decoder")
+    assert prefill["fused_attentions"] == decode["fused_attentions"] == config.backbone.layers
+    assert profiles(engine, "voice")[0]["fused_attentions"] == config.voice.blocks
+
+
+def test_reallocation_costs_few_kernels(engine: Path, onnx_folder: Path, tmp_path: Path) -> None:
+    """Beside the same decoder without masses and reallocation: the scores, and one or two from them to the mask."""
+    config = ModelConfig.load(onnx_folder / "config.json")
+    off = dataclasses.replace(config, ar=dataclasses.replace(config.ar, policy=Policy.OFF))
+    bare = build_tensorrt.compile_part(
+        RECIPE, onnx_folder, parts(off)[DECODER], off, tmp_path / "in" / "bare.plan", print,
+        dropped=("mass_before", "mass_after"),
+    )  # fmt: skip
+    for index, program in enumerate(bare.plan.programs):
+        with_it = len(profiles_kernels(engine, index))
+        without = len(program.of_layer(1))
+        print(index, with_it, without)
+        assert with_it - without <= 3
+
+
+def profiles_kernels(engine: Path, index: int) -> list[str]:
+    found = profiles(engine, "decoder")[index]["kernels_of_a_layer"]
+    assert isinstance(found, list)
+    return found
+
+
+def test_nothing_changed_nothing_built(engine: Path, onnx_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build_tensorrt, "build_plan", lambda *_: pytest.fail("built a plan"))
+    lines: list[str] = []
+    assert build_engine(RECIPE, onnx_folder, onnx_folder.parent / "engines", lines.append) == engine
+    assert lines == [f"engine: {engine} is fresh"]
+    assert list(explain(engine, onnx_folder, None)) == [f"{engine} is fresh: `mosear build` would do nothing"]
+
+
+def test_a_changed_expert_builds_no_plan(
+    engine: Path, onnx_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changed = shutil.copytree(onnx_folder, tmp_path / "onnx")
+    values = load_file(changed / HEADS)
+    name = next(name for name in values if name.endswith("q_proj.b"))
+    save_file(values | {name: values[name] * np.float32(2)}, changed / HEADS)
+    source = Manifest.load(changed, kind=export.KIND, remedy="")
+    dataclasses.replace(source, files=folder_hashes(changed)).save(changed)
+    lines = list(explain(engine, changed, None))
+    assert lines[0].startswith("onnx.heads.safetensors: expected ") and "plans to build: none" in lines[1]
+    monkeypatch.setattr(build_tensorrt, "build_plan", lambda *_: pytest.fail("built a plan"))
+    other = build_engine(RECIPE, changed, onnx_folder.parent / "engines", print)
+    assert other != engine and (other / "decoder.plan").read_bytes() == (engine / "decoder.plan").read_bytes()
+    packed = load_file(engine / HEADS), load_file(other / HEADS)
+    assert [name for name in packed[0] if (packed[0][name] != packed[1][name]).any()]
+
+
+def test_explain_names_what_differs(engine: Path, onnx_folder: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "toy-rtx.toml"
+    recipe.write_text(
+        'name = "toy-rtx"\ntarget = "tensorrt-rtx"\nprecision = "bf16"\n[tensorrt]\ncompute_capabilities = ["8.9"]\n'
+        "capacity = 3400\nprefill_batch = 2\nprefill_rows = 64\ndecode_batch = 4\n[limits]\nclip_seconds = 2.0\n"
+        "clip_bytes = 1048576\nwords = 200\nnew_tokens = 3000\nprompt_tokens = 400\n"
+    )
+    lines = list(explain(engine, onnx_folder, recipe))
+    assert lines[:2] == [
+        "recipe.precision: expected fp16, found bf16", "recipe.tensorrt.decode_batch: expected 3, found 4",
+    ]  # fmt: skip
+    assert "plans to build: decoder, embedding" in lines[2] and "would be rebuilt; build it with" in lines[-1]
+
+
+def test_an_engine_is_not_run_where_it_cannot(engine: Path) -> None:
+    with pytest.raises(EngineError, match=r"needs a GPU of compute capability 8\.9|fits this machine|found "):
+        Engine(engine)
+
+
+def test_inspect_shows_chips_and_kernels(engine: Path) -> None:
+    text = describe(engine, as_json=False)
+    assert "plan   decoder: 8.9; " in text and "profile 1: " in text and "fused attentions" in text
+
+
+def test_a_dry_run_finds_what_stops_a_build(onnx_folder: Path, tmp_path: Path) -> None:
+    assert not [finding for finding in preflight(RECIPE, onnx_folder) if finding.stops]
+    wrong = dataclasses.replace(
+        RECIPE, tensorrt=dataclasses.replace(PLANS, capacity=9000, decode_batch=2, builder_memory_mb=100)
+    )
+    found = {finding.where: str(finding) for finding in preflight(wrong, onnx_folder) if finding.stops}
+    assert "the model knows 4096 positions: lower it to 4096" in found["tensorrt.capacity"]
+    assert "a conflict report decodes 3 at once: raise it to 3" in found["tensorrt.decode_batch"]
+    needed = memory_mb(ModelConfig.load(onnx_folder / "config.json"))
+    assert f"set tensorrt.builder_memory_mb to {needed} or more" in found["decoder"]
+
+
+def test_a_dry_run_names_an_operator_that_tensorrt_lacks(onnx_folder: Path, tmp_path: Path) -> None:
+    changed = shutil.copytree(onnx_folder, tmp_path / "onnx")
+    model = onnx.load(changed / "face.onnx", load_external_data=False)
+    model.graph.node.append(helper.make_node("MelWeightMatrix", ["a"] * 5, ["b"], name="odd"))
+    onnx.save(model, changed / "face.onnx")
+    (finding,) = [finding for finding in preflight(RECIPE, changed) if finding.stops]
+    assert str(finding).startswith(
+        "stops face, node odd: TensorRT-RTX has no operator MelWeightMatrix: write that part"
+    )
+
+
+def test_a_dry_run_without_the_library(onnx_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensorrt_builder, "installed", lambda module: False)
+    (finding,) = [finding for finding in preflight(RECIPE, onnx_folder) if finding.stops]
+    assert "tensorrt_rtx is not installed: pip install" in str(finding)
+
+
+def test_the_command_lines_dry_run(onnx_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "build" / "onnx"
+    out.mkdir(parents=True)
+    (out / "onnx").symlink_to(onnx_folder)
+    recipes = Path(__file__).parents[1] / "export" / "recipes"
+    assert (
+        main(["build", "--dry-run", "--recipe", str(recipes / "rtx-fp16.toml"), "--out", str(tmp_path / "build")]) == 0
+    )
+    assert "rtx-fp16: nothing stops this build" in capsys.readouterr().out
+    assert main(["build", "--dry-run", "--out", str(tmp_path / "nowhere")]) == 1
+    assert "export a checkpoint first" in capsys.readouterr().err
