@@ -22,6 +22,7 @@ ENGINE = BUILD / "engines" / "cpu-fp32"
 DEMO_CLIP = BUILD / "demo.mp4"
 REPOSITORY = BUILD / "repositories" / "cpu-fp32-on-cpu"
 URL = "127.0.0.1:8001"
+BENCHMARKS = ("latency", "throughput", "accuracy")  # the first where none is named
 SERVED_AT_ONCE = {
     "slots": "sequences in the decoder at once", "queue": "requests that may wait for a slot",
     "prefill_rows": "prompt rows read between two decode steps", "workers": "clips under way at once",
@@ -70,7 +71,9 @@ def parser() -> argparse.ArgumentParser:
     demo = _command(commands, "demo", _demo, "serve a repository, ask about a clip over gRPC, stop the server")
     _serve_options(demo)
     demo.add_argument("--clip", type=Path, default=DEMO_CLIP, help="default: %(default)s")
-    bench = _command(commands, "bench", _bench, "measure latency: benchmarks/latency.py of a source checkout")
+    bench = _command(
+        commands, "bench", _bench, "measure: [latency|throughput|accuracy] OPTIONS, scripts of a source checkout"
+    )
     bench.add_argument("rest", nargs=argparse.REMAINDER)
     doctor = _command(commands, "doctor", _doctor, "what this machine and environment have")
     doctor.add_argument("--engine", type=Path, default=ENGINE)
@@ -279,10 +282,11 @@ def _ask(options: argparse.Namespace) -> None:
 def _bench(options: argparse.Namespace) -> int:
     import subprocess
 
-    script = Path("benchmarks/latency.py")
+    named = options.rest[:1] if options.rest[:1] and options.rest[0] in BENCHMARKS else []
+    script = Path("benchmarks", f"{(named or BENCHMARKS)[0]}.py")
     if not script.exists():
         raise MosearError(f"{script} is not here: run `mosear bench` in a source checkout")
-    return subprocess.call([sys.executable, str(script), *options.rest])
+    return subprocess.call([sys.executable, str(script), *options.rest[len(named) :]])
 
 
 def _doctor(options: argparse.Namespace) -> None:
