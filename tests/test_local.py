@@ -194,8 +194,15 @@ def test_a_folder_that_others_can_open_is_refused(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path)
     with pytest.raises(ServingError, match="not a folder of this user alone"):
         Door(tmp_path / "link" / "decoder", Hall(say_all).submit)
-    with pytest.raises(ServingError, match="short path"):
-        Door(tmp_path / ("long" * 40) / "decoder", Hall(say_all).submit)
+    with pytest.raises(ServingError, match="let TMPDIR name a folder"):
+        Door(tmp_path / "file" / "not there" / "decoder", Hall(say_all).submit)
+
+
+def test_the_place_may_have_a_long_name(tmp_path: Path) -> None:
+    door = Door(tmp_path / ("long" * 40) / "decoder", Hall(say_all).submit)
+    assert len(list(LocalDecoder(door.path).decode(work()))) == len(EVENTS)
+    door.close()
+    assert not door.path.parent.exists()
 
 
 def test_each_server_has_its_own_place() -> None:

@@ -473,7 +473,7 @@ def test_a_client_that_vanishes_frees_its_slot(server: Server, client: Client) -
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as other:
         assert other.stdout
         assert "StageDone prefill" in "".join(other.stdout.readline() for _ in range(2))
-        assert metrics(server)["slots_in_use"] == 1 and server.running() == 1
+        until(lambda: metrics(server)["slots_in_use"] == 1 and server.running() == 1, within_s=FREE_S)
         other.kill()
     settle(server)
     assert client.ask(Request(words="still there")).joint

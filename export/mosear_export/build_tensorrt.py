@@ -197,7 +197,8 @@ def check_golden(recipe: Recipe, onnx_folder: Path, part: Part, config: ModelCon
             reference = _session(onnx_folder / f"{part.name}.onnx")
             values = reference.run(names, feeds | load_heads(onnx_folder / HEADS))
             del reference
-            wanted = dict(zip(names, values, strict=True)) | {"key_0_out": wanted["key_0_out"]}
+            cache = part.state[0][1]  # one for all layers' caches
+            wanted = dict(zip(names, values, strict=True)) | {cache: wanted[cache]}
             wanted |= {name: _last_row(wanted[name], feeds) for name in names[1:]}
             heads = {n: tensorrt_graph.stored_head(v, n, recipe).astype(np.float32) for n, v in heads.items()}
         path = Path(aside, "part.onnx")

@@ -10,8 +10,8 @@ import os
 import stat
 import tempfile
 import threading
-from collections.abc import Callable, Generator
-from contextlib import suppress
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
 
@@ -39,21 +39,22 @@ class Door:
     """
 
     def __init__(self, path: Path, submit: Submit) -> None:
-        self.path, self.submit = path, submit
+        self.path, self.submit, self.short = path, submit, ExitStack()
         try:
             _make_private(path.parent)
             path.unlink(missing_ok=True)  # of a process that was killed
-            self.listener = Listener(str(path), FAMILY, WAITING)
+            self.listener = Listener(self.short.enter_context(_short(path)), FAMILY, WAITING)
         except OSError as error:
             raise ServingError(
                 f"the decoder cannot listen at {path} ({error.strerror or error}): "
-                "let TMPDIR name a folder that this user can write, with a short path"
+                "let TMPDIR name a folder that this user can write"
             ) from error
         threading.Thread(target=self._accept, name="mosear-door", daemon=True).start()
 
     def close(self) -> None:
         """Take no more work; what is under way goes on."""
         self.listener.close()
+        self.short.close()
         with suppress(OSError):
             self.path.parent.rmdir()
 
@@ -106,7 +107,8 @@ class LocalDecoder:
     def decode(self, work: Work) -> Generator[Said]:
         """As `Decoding` says; EngineError where the decoder's process dies, ServingError where it does not listen."""
         try:
-            door = Client(str(self.path), FAMILY)
+            with _short(self.path) as address:
+                door = Client(address, FAMILY)
         except OSError as error:
             raise ServingError(
                 f"the decoder does not listen ({error.strerror}): the server stops, or starts"
@@ -120,6 +122,16 @@ class LocalDecoder:
                     yield said
             except (EOFError, ConnectionError) as error:
                 raise EngineError("the decoder's process died: start the server again") from error
+
+
+@contextmanager
+def _short(path: Path) -> Iterator[str]:
+    """Another name of a file, as an address may have 107 characters. A listener unlinks it by that name too."""
+    folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY)
+    try:
+        yield f"/proc/self/fd/{folder}/{path.name}"
+    finally:
+        os.close(folder)
 
 
 def _make_private(folder: Path) -> None:
