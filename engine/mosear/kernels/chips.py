@@ -3,7 +3,7 @@
 Limits: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability", the same as in NVIDIA's
 cuda_occupancy.h, which a test compares. Pipe rates: to be checked there, "Throughput of Native Arithmetic Instructions".
 Peaks: dense, 16-bit in, fp32 sums. None was read off its document for this table: `source` names where each is to be checked.
-B200's (but for its bandwidth, 7.7 or 8 TB/s) and the RTX 5090's agree with other pages; L4's tensor peak is contradictory
+A100's, H100's, B200's (but for its bandwidth, 7.7 or 8 TB/s) and the RTX 5090's agree with other pages; L4's is contradictory
 there. Pipe rates are from memory too. The tensor rate of a multiprocessor is that peak divided by multiprocessors and boost
 clock, which gives a power of two for every chip.
 """
