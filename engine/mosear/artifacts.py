@@ -124,6 +124,14 @@ def link(path: Path, target: Path) -> None:
     aside.replace(path)
 
 
+def share(source: Path, target: Path) -> None:
+    """One file at two places: a hard link, or a copy where the file system has none."""
+    try:
+        os.link(source, target)
+    except OSError:  # another filesystem, or one without hard links
+        shutil.copyfile(source, target)
+
+
 def existing(root: Path, *, kind: str, name: str, inputs: Mapping[str, object]) -> Path | None:
     """The folder for these inputs if it is whole (every file there, manifest of this format), with the link set to it."""
     folder = location(root, name=name, inputs=inputs)

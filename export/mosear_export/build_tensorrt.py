@@ -4,7 +4,6 @@ Plans are folders of their own, `<root>/plans/<part>-<key>`, found again by cont
 files, so a changed expert (heads are inputs of the decoder) makes a new engine folder and builds no plan.
 """
 
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Collection
@@ -15,7 +14,7 @@ import onnx
 import onnxruntime as ort
 from safetensors.numpy import load_file, save_file
 
-from mosear.artifacts import Draft, Manifest, existing, file_hash, publish
+from mosear.artifacts import Draft, Manifest, existing, file_hash, publish, share
 from mosear.backends import tensorrt_builder, tensorrt_child
 from mosear.backends.tensorrt_builder import Built, Job, build_plan, profile
 from mosear.backends.tensorrt_load import installed_version
@@ -79,7 +78,7 @@ def build_engine(recipe: Recipe, onnx_folder: Path, root: Path, report: Report) 
         for index, (name, part) in enumerate(table.items(), 1):
             report(f"engine: {name} ({index} of {len(table)})")
             folder = _plan_folder(recipe, onnx_folder, source, root, part, config, report)
-            _link(folder / f"{name}.plan", draft.folder / f"{name}.plan")
+            share(folder / f"{name}.plan", draft.folder / f"{name}.plan")
             notes[name] = Manifest.load(folder, kind=PLAN, remedy="build again").notes
         for file in (CONFIG, TOKENIZER):
             shutil.copy(onnx_folder / file, draft.folder)
@@ -90,14 +89,6 @@ def build_engine(recipe: Recipe, onnx_folder: Path, root: Path, report: Report) 
         draft.notes |= {"target": recipe.target, "compute_capabilities": chips, "parts": notes}
     report(f"engine: wrote {(root / recipe.name).resolve()}")
     return (root / recipe.name).resolve()
-
-
-def _link(source: Path, target: Path) -> None:
-    """One file for all engines where the file system can."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy(source, target)
 
 
 def _plan_folder(

@@ -5,8 +5,6 @@ Weights are hard links to the engine's files where the filesystem allows it, cop
 
 import dataclasses
 import hashlib
-import os
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file
 
-from mosear.artifacts import MANIFEST, Manifest, existing, publish
+from mosear.artifacts import MANIFEST, Manifest, existing, publish, share
 from mosear.contract import DECODER, ENCODERS, Tensors, served
 from mosear.engine import CONFIG, REMEDY, TOKENIZER, EngineFolder
 from mosear.errors import ServingError
@@ -161,7 +159,4 @@ def _write(content: Content, folder: Path) -> None:
         (folder / path).write_bytes(data)
     for path, file in content.links.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.link(file.path, folder / path)
-        except OSError:  # another filesystem, or one without hard links
-            shutil.copyfile(file.path, folder / path)
+        share(file.path, folder / path)
