@@ -170,8 +170,7 @@ class Server:
         return ended is not None and ended.si_status == 0
 
     def running(self) -> float:
-        """Requests in the hands of models' threads. Told to stop now, the server would deadlock on those of its models
-        that wait for one another, so they are given time to end."""
+        """Requests in the hands of models' threads: the server, told to stop, would not wait for these."""
         lines = (self._fetch("metrics", "/metrics") or "").splitlines()
         return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(f"{RUNNING}{{"))
 
