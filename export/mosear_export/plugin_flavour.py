@@ -4,7 +4,7 @@ The plain flavour's local functions go; names, axes and all other nodes stay. Ea
 
     ReallocatedAttention -> AttentionSplit, AttentionFinish      ModalityExperts -> ExpertsShrink, ExpertsExpand
 
-Or attention stays one node, for the C++ plugin library, which chooses between prefill and decode when it is called.
+Or each mechanism stays one node, for the C++ plugin library, which chooses its launches when it is called.
 
 What the node said in attributes, and sizes that a kernel has as constants, become the new nodes' attributes. TensorRT bakes
 them into the kernels at build and keeps none of them. Heads stay inputs.
@@ -37,29 +37,33 @@ from mosear_export.ops import VERSION as DOMAIN_VERSION
 ELEMENTS = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 LIBRARY_ELEMENTS = ("fp16", "bf16")  # of the kernels that the C++ library embeds
 BINDING: dict[str, Attribute] = {"plugin_namespace": NAMESPACE, "plugin_version": VERSION, "aot": 1}
+# The library's node for experts: those of our operator, and where each linear's columns begin.
+LIBRARY_EXPERTS = f"{EXPERTS}Columns"
+LIBRARY_INPUTS = (*EXPERTS_INPUTS, "column_start")
+LIBRARY_KINDS = {**ATTENTION_FINISH.inputs, **EXPERTS_SHRINK.inputs, **EXPERTS_EXPAND.inputs}
 _ATTRIBUTE_TYPES = {str: OpSchema.AttrType.STRING, int: OpSchema.AttrType.INT, float: OpSchema.AttrType.FLOAT}
 
 
-class Attention(enum.StrEnum):
-    """Which plugins serve attention."""
+class Plugins(enum.StrEnum):
+    """Which plugins serve the mechanisms."""
 
     LAUNCHES = "launches"  # a node for each launch, ahead-of-time plugins
-    LIBRARY = "library"  # one node, libmosear_trt_plugin.so
+    LIBRARY = "library"  # a node for each mechanism, libmosear_trt_plugin.so
 
 
 def plugin_flavour(
-    model: ModelProto, config: ModelConfig, *, data: str = "fp32", attention: Attention = Attention.LAUNCHES
+    model: ModelProto, config: ModelConfig, *, data: str = "fp32", plugins: Plugins = Plugins.LAUNCHES
 ) -> ModelProto:
     """A copy of a decoder whose mechanisms are plugin nodes, their activations of type `data` (fp32, fp16 or bf16).
 
     Raises EngineError where the model calls no mechanism, or has sizes or types that no kernel serves.
     """
-    served = tuple(ELEMENTS) if attention is Attention.LAUNCHES else LIBRARY_ELEMENTS
+    served = tuple(ELEMENTS) if plugins is Plugins.LAUNCHES else LIBRARY_ELEMENTS
     if data not in served:
         raise EngineError(f"data is {data!r}: plugins serve {', '.join(served)}")
     check(config)
     copy: ModelProto = ModelProto.FromString(model.SerializeToString())
-    writer = _Writer(copy, config, data, attention)
+    writer = _Writer(copy, config, data, plugins)
     nodes = [made for node in copy.graph.node for made in writer.replace(node)]
     if not writer.replaced:
         raise EngineError(
@@ -89,16 +93,21 @@ def check(config: ModelConfig) -> None:
 
 def register_schemas() -> None:
     """Make the plugins' nodes known to ONNX's checker, once."""
-    for op in (*ATTENTION_OPS, *EXPERTS_OPS):
-        if onnx.defs.has(op.name, domain=DOMAIN):
+    binding = {name: type(value) for name, value in BINDING.items()}
+    nodes = [(op.name, op.inputs, op.outputs, op.attributes | binding) for op in (*ATTENTION_OPS, *EXPERTS_OPS)]
+    fields: dict[str, type] = {"columns": str, "select": str, "route": str, "scale": float}
+    nodes.append(
+        (LIBRARY_EXPERTS, {name: LIBRARY_KINDS[name] for name in LIBRARY_INPUTS}, EXPERTS_EXPAND.outputs, fields)
+    )
+    formal, kinds = OpSchema.FormalParameter, {Kind.DATA: "T", Kind.F32: "tensor(float)", Kind.I32: "tensor(int32)"}
+    for node, inputs, outputs, types in nodes:
+        if onnx.defs.has(node, domain=DOMAIN):
             continue
-        formal, kinds = OpSchema.FormalParameter, {Kind.DATA: "T", Kind.F32: "tensor(float)", Kind.I32: "tensor(int32)"}
-        types = {**op.attributes, **{name: type(value) for name, value in BINDING.items()}}
         onnx.defs.register_schema(
             OpSchema(
-                op.name, DOMAIN, DOMAIN_VERSION,
-                inputs=[formal(n, kinds[kind]) for n, kind in op.inputs.items()],
-                outputs=[formal(n, kinds[kind]) for n, kind in op.outputs.items()],
+                node, DOMAIN, DOMAIN_VERSION,
+                inputs=[formal(n, kinds[kind]) for n, kind in inputs.items()],
+                outputs=[formal(n, kinds[kind]) for n, kind in outputs.items()],
                 type_constraints=[("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "")],
                 attributes=[OpSchema.Attribute(n, _ATTRIBUTE_TYPES[t], "", required=True) for n, t in types.items()],
             )
@@ -108,8 +117,8 @@ def register_schemas() -> None:
 class _Writer:
     """Writes nodes in the place of a decoder's own, and collects the constants that they need."""
 
-    def __init__(self, model: ModelProto, config: ModelConfig, data: str, attention: Attention) -> None:
-        self.config, self.data, self.attention = config, data, attention
+    def __init__(self, model: ModelProto, config: ModelConfig, data: str, plugins: Plugins) -> None:
+        self.config, self.data, self.plugins = config, data, plugins
         self.constants: dict[str, TensorProto] = {}
         self.shapes = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
         for value in model.graph.input:
@@ -126,20 +135,20 @@ class _Writer:
         return (self._attention if node.op_type == ATTENTION else self._experts)(node, attributes)
 
     def _attention(self, node: NodeProto, attributes: dict[str, Attribute]) -> list[NodeProto]:
-        if self.attention is Attention.LIBRARY:
-            return self._library_node(node)
+        if self.plugins is Plugins.LIBRARY:
+            return self._library_node(node, ATTENTION_INPUTS)
         tensors = dict(zip(ATTENTION_INPUTS, node.input, strict=True))
         tensors |= {name: f"{node.name}.{name}" for name in ATTENTION_SPLIT.outputs}
         tensors |= dict(zip(ATTENTION_FINISH.outputs, node.output, strict=True))
         attributes["groups"] = len(self.config.groups)
         return self._calls(node.name, (ATTENTION_SPLIT, ATTENTION_FINISH), tensors, attributes)
 
-    def _library_node(self, node: NodeProto) -> list[NodeProto]:
+    def _library_node(self, node: NodeProto, inputs: Sequence[str]) -> list[NodeProto]:
         """The node as it is, its activations cast. TensorRT finds the plugin by the node's type and domain."""
         made = NodeProto.FromString(node.SerializeToString())
         before = []
-        for i, name in enumerate(ATTENTION_INPUTS):
-            if ATTENTION_FINISH.inputs[name] is Kind.DATA:
+        for i, name in enumerate(inputs):
+            if LIBRARY_KINDS[name] is Kind.DATA:
                 made.input[i] = f"{node.name}.{name}.{self.data}"
                 before.append(_cast(node.input[i], made.input[i], ELEMENTS[self.data]))
         made.output[0] = f"{node.name}.output.{self.data}"
@@ -150,6 +159,11 @@ class _Writer:
         width, columns = (self._last(node, tensors[name]) for name in ("a", "b"))
         start = f"{EXPERTS_EXPAND.name}.column_start.{columns}"
         self.constants[start] = numpy_helper.from_array(np.array([0, columns], np.int32), start)
+        if self.plugins is Plugins.LIBRARY:
+            node.op_type = LIBRARY_EXPERTS
+            node.input.append(start)
+            node.attribute.append(helper.make_attribute("columns", str(columns)))
+            return self._library_node(node, LIBRARY_INPUTS)
         tensors |= {"partial": f"{node.name}.partial", "column_start": start}
         tensors |= dict(zip(EXPERTS_EXPAND.outputs, node.output, strict=True))
         mose = self.config.mose

@@ -19,7 +19,7 @@ from mosear.config import ModelConfig, MoSEConfig, Policy, Route, Select, Statis
 from mosear.contract import DECODER, parts
 from mosear.errors import EngineError
 from mosear_export.ops import DOMAIN, ExportOps
-from mosear_export.plugin_flavour import Attention, plugin_flavour
+from mosear_export.plugin_flavour import Plugins, plugin_flavour
 from mosear_export.to_onnx import export_part
 
 AUDIO, CAPACITY, LENGTHS = 2, 48, [9, 6, 1]
@@ -147,17 +147,21 @@ def test_activations_in_16_bits_are_cast_at_the_nodes(both: Both) -> None:
     assert casts[a] == TensorProto.FLOAT16
 
 
-def test_attention_for_the_library_stays_one_node(both: Both) -> None:
-    """Its attributes are the fields that the library's creator takes; its activations are cast, its masses not."""
-    model = plugin_flavour(both.proto, both.config, data="bf16", attention=Attention.LIBRARY)
+def test_for_the_library_a_mechanism_stays_one_node(both: Both) -> None:
+    """Its attributes are the fields that the library's creator takes; its activations are cast, masses and gates not."""
+    model = plugin_flavour(both.proto, both.config, data="bf16", plugins=Plugins.LIBRARY)
     kinds = {node.op_type for node in model.graph.node if node.domain == DOMAIN}
-    assert kinds == {"ReallocatedAttention", "ExpertsShrink", "ExpertsExpand"} and not model.functions
+    assert kinds == {"ReallocatedAttention", "ModalityExpertsColumns"} and not model.functions
     node = next(node for node in model.graph.node if node.op_type == "ReallocatedAttention")
     assert {a.name for a in node.attribute} == {"policy", "statistic", "scale"}
     assert [name.endswith(".bf16") for name in node.input] == [True] * 3 + [False] * 7
     assert [name.endswith(".bf16") for name in node.output] == [True, False, False]
+    node = next(node for node in model.graph.node if node.op_type == "ModalityExpertsColumns")
+    assert {a.name for a in node.attribute} == {"columns", "select", "route", "scale"}
+    assert [name.endswith(".bf16") for name in node.input] == [True, True, False, False, True, True, True, False, False]
+    assert [name.endswith(".bf16") for name in node.output] == [True, False]
     with pytest.raises(EngineError, match="data is 'fp32': plugins serve fp16, bf16"):
-        plugin_flavour(both.proto, both.config, attention=Attention.LIBRARY)
+        plugin_flavour(both.proto, both.config, plugins=Plugins.LIBRARY)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import pytest
 
 from mosear.artifacts import file_hash
 from mosear.kernels.chips import chip_of
+from mosear.kernels.modality_experts import launches as experts
 from mosear.kernels.reallocated_attention.decode_launches import TABLE, splits_for
 from mosear_export.kernels import export_kernels
 
@@ -47,8 +48,9 @@ def configure(build: Path, *options: str, path: str = "") -> str:
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A build folder, with the plugin's kernels for one chip."""
     folder = tmp_path_factory.mktemp("native_plugin")
+    labels = ("demo plugin", *(f"demo plugin rows {row.most_rows}" for row in experts.TABLE))
     kernels = export_kernels(
-        (90,), folder, print, labels=("demo plugin",), data=("bf16",), modules=("mosear.kernels.plugins.cases",)
+        (90,), folder, print, labels=labels, data=("bf16",), modules=("mosear.kernels.plugins.cases",)
     )
     assert "mosear_trt_plugin: headers of TensorRT in " in configure(folder / "build", f"-DMOSEAR_KERNELS={kernels}")
     targets = ("mosear_trt_plugin_test", "mosear_trt_plugin", "mosear_run", "mosear_run_files_test")
@@ -70,6 +72,14 @@ def test_plugin_without_a_device(built: Path) -> None:
         for batch in (1, 8, 64)
         for keys in (64, 512, 4096, 32768)
     }
+    grids = {
+        int(n): tuple(map(int, grid))
+        for n, *grid in re.findall(r"experts (\d+): expand (\d+) (\d+) (\d+)", done.stdout)
+    }
+    assert len(grids) == 3
+    for rows, grid in grids.items():
+        shape = experts.shape_of(576, (576,), rows=rows)
+        assert experts.cases_of("", shape, arch=90)[1].launch.grid == grid
 
 
 @needs_headers

@@ -21,6 +21,8 @@ from mosear.serving.scratch import Scratch
 
 POLL_S = 0.1
 WATCH_S = 0.5
+SETTLE_S = 0.5  # from a request's end to the last that its model tells the server of it
+ALL_ANSWERED = "All models are stopped, unloading models"  # in Triton's log: no request is in the hands of a model
 KILL_S = 3.0  # from the end of the server's own time limit to SIGKILL
 RUNNING = "mosear_running"  # gauge that models with threads publish: requests that the server itself does not count
 PR_SET_PDEATHSIG = 1
@@ -150,16 +152,31 @@ class Server:
                 )
 
     def close(self) -> bool:
-        """Stop within drain_s + stop_s + KILL_S; whether the server ended by itself. After a model's death, at once."""
-        clean = self._stop() if self.alive() and not self.lost() else False
-        self._end(clean=clean)
-        return clean
+        """Stop within drain_s + SETTLE_S + stop_s + KILL_S; whether every request had its end. After a model's death, at once.
+
+        A server that answered all and then hangs in unloading its models is killed, and nothing is lost. On a busy machine
+        that was seen in 9 of about 400 stops (24.10).
+        """
+        drained = ended = False
+        if self.alive() and not self.lost():
+            drained = self._drain()
+            ended = self._stop()
+        answered = ended or (drained and ALL_ANSWERED in self.options.log.read_text(errors="replace"))
+        self._end(clean=ended)
+        return answered
+
+    def _drain(self) -> bool:
+        """Wait for requests in the hands of models' threads; whether they ended within drain_s."""
+        busy = time.monotonic()
+        end = busy + self.options.drain_s
+        while busy < end and time.monotonic() < busy + SETTLE_S:
+            time.sleep(POLL_S)
+            busy = time.monotonic() if self.running() else busy
+        return busy < end
 
     def _stop(self) -> bool:
+        """Tell the server to stop; whether it ended by itself and well."""
         assert self._process
-        end = time.monotonic() + self.options.drain_s
-        while self.running() and time.monotonic() < end:
-            time.sleep(POLL_S)
         os.kill(self._process.pid, signal.SIGTERM)  # not terminate(), which may wait() and so lose the number
         end = time.monotonic() + self.options.stop_s + KILL_S
         while self.alive():
@@ -170,7 +187,7 @@ class Server:
         return ended is not None and ended.si_status == 0
 
     def running(self) -> float:
-        """Requests in the hands of models' threads: the server, told to stop, would not wait for these."""
+        """Requests in the hands of models' threads: the server, told to stop, would not end with these."""
         lines = (self._fetch("metrics", "/metrics") or "").splitlines()
         return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(f"{RUNNING}{{"))
 
@@ -211,8 +228,8 @@ def serve(options: ServerOptions, say: Callable[[str], None]) -> None:
             server.run(stopping)
             say("stopping")
         finally:
-            clean = server.close()
-        say("stopped" if clean else "stopped by force: requests or connections were still open")
+            answered = server.close()
+        say("stopped" if answered else "stopped by force: requests were still open")
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -4,8 +4,9 @@
 #include <array>
 #include <cmath>
 #include <initializer_list>
-#include <utility>
 #include <vector>
+
+#include "choose.h"
 
 namespace mosear::trt {
 namespace {
@@ -15,11 +16,6 @@ constexpr std::array<const char*, 3> kPolicies = {"off", "balance", "target"};
 constexpr std::array<const char*, 2> kStatistics = {"sum", "mean"};
 constexpr int64_t kMinKeys = 128, kMaxKeys = 4096, kCtas = 2;
 constexpr size_t kAlignment = 256;  // of each piece of the workspace
-constexpr double kSameNumber = 1e-6;
-
-using Wanted = std::vector<std::pair<const char*, double>>;
-
-int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 int64_t PowerOfTwo(int64_t number) {
   int64_t found = 1;
@@ -32,37 +28,6 @@ int Code(const std::array<const char*, N>& words, const std::string& word) {
   const auto found = std::find(words.begin(), words.end(), word);
   return found == words.end() ? -1 : static_cast<int>(found - words.begin());
 }
-
-bool Serves(const Kernel& kernel, const Variant& variant, const Wanted& wanted,
-            const std::vector<Argument>& arguments) {
-  for (const auto& [name, value] : wanted) {
-    double found;
-    if (!variant.Find(name, &found) || std::abs(found - value) > kSameNumber * std::max(1.0, std::abs(value)))
-      return false;
-  }
-  for (size_t i = 0; i < kernel.parameter_count(); ++i) {
-    if ((variant.aligned >> i & 1) != 0 && arguments[i].bits() % 16 != 0) return false;
-  }
-  return true;
-}
-
-// A kernel of that name whose constants and assumptions fit, and its binary for the device.
-const Kernel* Choose(const char* name, const char* data, const Wanted& wanted, const std::vector<Argument>& arguments,
-                     int capability, const Variant** variant, std::string* error) {
-  for (const Kernel& kernel : Kernels()) {
-    if (kernel.name() != name || kernel.data() != data || kernel.parameter_count() != arguments.size()) continue;
-    *variant = kernel.Pick(capability);
-    if (*variant != nullptr && Serves(kernel, **variant, wanted, arguments)) return &kernel;
-  }
-  *error = std::string("no binary of ") + name + " in " + data + " for compute capability " +
-           std::to_string(capability) + " with";
-  for (const auto& [constant, value] : wanted) *error += std::string(" ") + constant + "=" + std::to_string(value);
-  *error += ": add it to the catalogue and build the library again";
-  return nullptr;
-}
-
-Argument Address(const void* pointer) { return Argument::Pointer(reinterpret_cast<CUdeviceptr>(pointer)); }
-Argument Number(int64_t value) { return Argument::Int32(static_cast<int32_t>(value)); }
 
 struct Partials {
   size_t output, max, sum, count, end;  // offsets in the workspace
@@ -89,13 +54,12 @@ CUresult Prefill(const Wanted& policy, double scale, const char* data, const Siz
   Wanted wanted = policy;
   wanted.insert(wanted.end(), {{"SCALE", scale}, {"CAUSAL", 1}});
   const Variant* variant;
-  const Kernel* kernel = Choose("prefill", data, wanted, arguments, capability, &variant, error);
+  const Kernel* kernel = Choose("prefill", data, wanted, arguments, capability, 0, &variant, error);
   if (kernel == nullptr) return CUDA_ERROR_NO_BINARY_FOR_GPU;
-  double block = 0;
-  variant->Find("BLOCK_M", &block);
+  const int64_t block = ConstantOf(*variant, "BLOCK_M");
   if (block < 1) return CUDA_ERROR_INVALID_IMAGE;
-  const Grid grid{static_cast<unsigned>(CeilDiv(sizes.rows, static_cast<int64_t>(block))),
-                  static_cast<unsigned>(sizes.heads), static_cast<unsigned>(sizes.batch)};
+  const Grid grid{static_cast<unsigned>(CeilDiv(sizes.rows, block)), static_cast<unsigned>(sizes.heads),
+                  static_cast<unsigned>(sizes.batch)};
   return kernel->Launch(stream, grid, arguments);
 }
 
@@ -121,9 +85,9 @@ CUresult Decode(const Wanted& policy, double scale, const char* data, const Size
   for (int64_t scalar : {sizes.heads, splits}) merge.push_back(Number(scalar));
   for (const void* output : tensors.outputs) merge.push_back(Address(output));
   const Variant* variant;
-  const Kernel* first = Choose("decode_split", data, tile, split, capability, &variant, error);
+  const Kernel* first = Choose("decode_split", data, tile, split, capability, 0, &variant, error);
   const Kernel* second =
-      first == nullptr ? nullptr : Choose("decode_merge", data, policy, merge, capability, &variant, error);
+      first == nullptr ? nullptr : Choose("decode_merge", data, policy, merge, capability, 0, &variant, error);
   if (second == nullptr) return CUDA_ERROR_NO_BINARY_FOR_GPU;
   const auto size_of = [](int64_t n) { return static_cast<unsigned>(n); };
   const Grid parts{size_of(splits), size_of(sizes.kv_heads), size_of(sizes.batch)};

@@ -1,11 +1,17 @@
-"""What the C++ plugin library embeds beside the catalogue: attention for any number of rows, caches of a multiple of 16 slots.
+"""What the C++ plugin library embeds beside the catalogue: kernels for any number of rows, caches of a multiple of 16 slots.
 
 The catalogue's cases are compiled for the shapes that they name, of which the compiler may assume that a number of rows is a
 multiple of 16. A plugin is called with what a prompt has.
+
+Experts: one linear, as the graph has them; the parts of d are those for the widest. A label ends in the most rows that its
+configuration is for, by which the library chooses.
 """
+
+import dataclasses
 
 from mosear.config import Policy, Statistic
 from mosear.kernels.launch import Case
+from mosear.kernels.modality_experts import launches as experts
 from mosear.kernels.reallocated_attention import decode_launches, launches
 from mosear.kernels.reallocated_attention.models import DEMO, GROUPS, LLAMA, Shape
 
@@ -14,11 +20,22 @@ ROWS = 512  # of the prefill whose tile is taken
 
 
 def cases(arch: int) -> list[Case]:
-    """Prefill in any order of groups, split and merge of both models."""
-    return [case for shape in (DEMO, LLAMA) for case in _cases(shape, arch)]
+    """Prefill in any order of groups, split and merge, shrink and expand of both models."""
+    attention = [case for shape in (DEMO, LLAMA) for case in _attention(shape, arch)]
+    return attention + [case for name in experts.MODELS for case in _experts(name, arch)]
 
 
-def _cases(shape: Shape, arch: int) -> list[Case]:
+def _experts(name: str, arch: int) -> list[Case]:
+    """One configuration for each row of the launcher's table, the parts of d those for its most rows."""
+    width, columns = experts.MODELS[name]
+    found = []
+    for row in experts.TABLE:
+        shape = experts.shape_of(width, (max(columns),), rows=min(row.most_rows, ROWS))
+        found += experts.cases_of(f"{name} plugin rows {row.most_rows}", shape, arch=arch)
+    return [dataclasses.replace(case, scalars=dict(case.scalars) | {"n_rows": ANY_ROWS}) for case in found]
+
+
+def _attention(shape: Shape, arch: int) -> list[Case]:
     scale, label = shape.head_size**-0.5, f"{shape.name} plugin"
     plan = launches.choose_launch(
         batch=1, heads=shape.heads, head_size=shape.head_size, rows=ROWS, groups=GROUPS, policy=Policy.BALANCE,

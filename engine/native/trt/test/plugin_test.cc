@@ -7,6 +7,7 @@
 #include <cstring>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "../../mock/mock_cuda.h"
@@ -212,6 +213,98 @@ void TestLaunches(Plugin& plugin, Words& words) {
   }
 }
 
+constexpr int64_t kWidth = 576, kOut = 576, kExperts = 2, kRank = 8;
+
+std::vector<DynamicPluginTensorDesc> DescribedExperts(int64_t rows) {
+  const DataType data = DataType::kBF16, number = DataType::kFLOAT, id = DataType::kINT32;
+  const std::pair<Dims, DataType> all[] = {{Dims3(kBatch, rows, kOut), data},
+                                           {Dims3(kBatch, rows, kWidth), data},
+                                           {Dims2(kBatch, rows), id},
+                                           {Dims3(kBatch, rows, kExperts), number},
+                                           {Dims2(kRank, kWidth), data},
+                                           {Dims2(kGroups * kExperts, kWidth), data},
+                                           {Dims2(kGroups * kExperts * kRank, kOut), data},
+                                           {Dims{1, {kGroups}}, number},
+                                           {Dims{1, {2}}, id},
+                                           {Dims3(kBatch, rows, kOut), data},
+                                           {Dims3(kBatch, rows, kExperts), number}};
+  std::vector<DynamicPluginTensorDesc> found;
+  for (const auto& [shape, type] : all)
+    found.push_back({PluginTensorDesc{shape, type, TensorFormat::kLINEAR, 1.0F}, shape, shape, shape});
+  return found;
+}
+
+std::vector<PluginField> ExpertFields(const char* columns, const char* select, const float* scale) {
+  const auto text = [](const char* name, const char* value) {
+    return PluginField{name, value, PluginFieldType::kCHAR, static_cast<int32_t>(std::strlen(value))};
+  };
+  return {text("columns", columns), text("select", select), text("route", "token"),
+          PluginField{"scale", scale, PluginFieldType::kFLOAT32, 1}};
+}
+
+void TestExpertDescriptions(IPluginCreatorV3One* creator, Words& words) {
+  const float scale = 2.0F;
+  Plugin plugin(Create(creator, ExpertFields("576", "soft", &scale)));
+  std::vector<DynamicPluginTensorDesc> all = DescribedExperts(5);
+  for (int i = 0; i < 11; ++i) EXPECT(plugin.build->supportsFormatCombination(i, all.data(), 9, 2));
+  for (int i : {2, 3, 4, 8, 10}) {
+    const DataType kept = all[i].desc.type;
+    all[i].desc.type = DataType::kINT8;
+    EXPECT(!plugin.build->supportsFormatCombination(i, all.data(), 9, 2));
+    all[i].desc.type = kept;
+  }
+  EXPECT(plugin.build->configurePlugin(all.data(), 9, all.data() + 9, 2) == 0);
+  EXPECT(plugin.build->configurePlugin(all.data(), 8, all.data() + 8, 2) != 0);
+  DimsExprs shapes[9], made[2];
+  Numbers numbers;
+  for (int i = 0; i < 9; ++i) {
+    shapes[i].nbDims = all[i].desc.dims.nbDims;
+    for (int j = 0; j < shapes[i].nbDims; ++j)
+      shapes[i].d[j] = static_cast<IExprBuilder&>(numbers).constant(all[i].desc.dims.d[j]);
+  }
+  EXPECT(plugin.build->getOutputShapes(shapes, 9, nullptr, 0, made, 2, numbers) == 0);
+  EXPECT(made[0].d[2]->getConstantValue() == kOut && made[1].d[2]->getConstantValue() == kExperts);
+  Plugin again(creator->createPlugin("node", plugin.run->getFieldsToSerialize(), TensorRTPhase::kRUNTIME));
+  EXPECT(again.run->getFieldsToSerialize()->nbFields == 4);
+  for (const char* columns : {"", "576,x", "-1", "0"}) {
+    EXPECT(Create(creator, ExpertFields(columns, "soft", &scale)) == nullptr);
+  }
+  EXPECT(words.last.find("numbers between commas") != std::string::npos);
+  EXPECT(Create(creator, ExpertFields("576", "best", &scale)) == nullptr &&
+         words.last.find("select 'best'") != std::string::npos);
+}
+
+// Grids of both launches, for the Python test to compare with its launcher's.
+void TestExpertLaunches(IPluginCreatorV3One* creator, Words& words) {
+  const float scale = 2.0F;
+  Plugin plugin(Create(creator, ExpertFields("576", "soft", &scale)));
+  std::vector<char> memory(1 << 24);
+  const auto at = [&](size_t offset) {
+    return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(memory.data()) + 256 + offset) / 256 * 256);
+  };
+  const void* inputs[9];
+  void* outputs[2] = {at(9 * 4096), at(10 * 4096)};
+  for (int i = 0; i < 9; ++i) inputs[i] = at(4096 * static_cast<size_t>(i));
+  for (int64_t rows : {1, 7, 171}) {
+    const std::vector<DynamicPluginTensorDesc> all = DescribedExperts(rows);
+    std::vector<PluginTensorDesc> in;
+    for (const DynamicPluginTensorDesc& each : all) in.push_back(each.desc);
+    const int before = MockLaunches();
+    EXPECT(plugin.run->enqueue(in.data(), in.data() + 9, inputs, outputs, at(65536), nullptr) == 0);
+    EXPECT(MockLaunches() == before + 2);
+    const MockLaunch* last = MockLastLaunch();
+    EXPECT(last->values[0] == reinterpret_cast<uintptr_t>(inputs[0]));  // expand's base
+    std::printf("experts %lld: expand %u %u %u, workspace %zu\n", static_cast<long long>(kBatch * rows), last->grid[0],
+                last->grid[1], last->grid[2], plugin.build->getWorkspaceSize(all.data(), 9, all.data() + 9, 2));
+    MockFailNext("launch", CUDA_ERROR_LAUNCH_FAILED);
+    EXPECT(plugin.run->enqueue(in.data(), in.data() + 9, inputs, outputs, at(65536), nullptr) != 0);
+    EXPECT(words.last.find("ModalityExpertsColumns: status 719") != std::string::npos);
+    in[6].dims.d[0] = 2 * kGroups * kExperts * kRank;  // another rank than any binary's
+    EXPECT(plugin.run->enqueue(in.data(), in.data() + 9, inputs, outputs, at(65536), nullptr) != 0);
+    EXPECT(words.last.find("no binary of modality_experts_shrink") != std::string::npos);
+  }
+}
+
 // Whether the attention kernels that a plugin launches are inside; a library may be built with others.
 bool Embedded() {
   for (const mosear::Kernel& kernel : mosear::Kernels()) {
@@ -276,15 +369,19 @@ int main(int, char** arguments) {
   logger(&words);
   int32_t count = 0;
   auto* creator = static_cast<IPluginCreatorV3One*>(creators(count)[0]);
-  EXPECT(count == 1 && std::string(creator->getPluginName()) == "ReallocatedAttention");
+  EXPECT(count == 2 && std::string(creator->getPluginName()) == "ReallocatedAttention");
+  auto* experts = static_cast<IPluginCreatorV3One*>(creators(count)[1]);
+  EXPECT(std::string(experts->getPluginName()) == "ModalityExpertsColumns");
   EXPECT(creator->getFieldNames()->nbFields == 3);
   TestFields(creator, words);
   const float scale = 0.125F;
   Plugin plugin(Create(creator, Fields("balance", "sum", &scale)));
   TestDescriptions(plugin);
   TestFormats(plugin);
+  TestExpertDescriptions(experts, words);
   if (Embedded()) {
     TestLaunches(plugin, words);
+    TestExpertLaunches(experts, words);
   } else {
     std::printf("launches not tried: no attention kernels are inside\n");
   }
