@@ -88,7 +88,7 @@ def test_a_worker_that_hangs_is_replaced() -> None:
         hung = reader.pid
         start = time.monotonic()
         error = stop_then(reader, lambda pid: None, data)
-        assert 0.4 < time.monotonic() - start < 3
+        assert 0.4 < time.monotonic() - start < 6
         assert "video_bytes: decoding took longer than timeout_s = 0.5" in str(error)
         assert hung is not None and gone(hung)
         assert len(reader.read(data, None).frames) == FRAMES

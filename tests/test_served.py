@@ -86,7 +86,7 @@ def serving(repository: Path, folder: Path, **more: Any) -> Iterator[Server]:
             yield running
             start = time.monotonic()
             running.close()
-            assert time.monotonic() - start < running.options.drain_s + running.options.stop_s + KILL_S + 1
+            assert time.monotonic() - start < running.options.drain_s + running.options.stop_s + KILL_S + 4
         assert not traces(folder)
 
 
@@ -510,7 +510,7 @@ def test_an_answer_that_takes_too_long_is_given_up(server: Server, client: Clien
     }
     with pytest.raises(DeadlineError):
         ways[way]()
-    assert 0.25 < time.monotonic() - start < 1.3
+    assert 0.25 < time.monotonic() - start < 3
     settle(server)
     assert client.ask(Request(words="still there")).joint
 
@@ -593,7 +593,7 @@ def test_a_decoder_that_dies_is_noticed_and_no_client_hangs(fresh: Fresh) -> Non
             assert ask(Request(words="hm")).joint
         future = asking(pool, client, long())
         os.kill(stub_of(server, "decoder"), signal.SIGKILL)
-        error = future.exception(timeout=1)
+        error = future.exception(timeout=5)
         assert isinstance(error, EngineError) and "the decoder's process died" in str(error)
         with pytest.raises(ServingError, match="the decoder does not listen"):
             client.ask(Request(words="hm"))
@@ -601,7 +601,7 @@ def test_a_decoder_that_dies_is_noticed_and_no_client_hangs(fresh: Fresh) -> Non
             server.run(threading.Event())
         start = time.monotonic()
         assert not server.close()
-        assert time.monotonic() - start < 3
+        assert time.monotonic() - start < 6
 
 
 def test_a_server_that_dies_tells_its_clients(fresh: Fresh) -> None:
@@ -614,7 +614,7 @@ def test_a_server_that_dies_tells_its_clients(fresh: Fresh) -> None:
             assert type(future.exception(timeout=10)) is ServingError
         with pytest.raises(ServingError, match="cannot be reached"):
             client.ask(Request(words="hm", deadline_ms=3000))
-        assert time.monotonic() - start < 4
+        assert time.monotonic() - start < 9
         with pytest.raises(ServingError, match="the server died"):
             server.run(threading.Event())
         assert not server.close()
