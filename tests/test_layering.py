@@ -14,7 +14,7 @@ ENGINE, EXPORT = ROOT / "engine" / "mosear", ROOT / "export" / "mosear_export"
 # Each may import itself and what stands before it.
 RANKS = (
     ("errors", "config", "contract", "recipe"),
-    ("artifacts",),
+    ("artifacts", "hashes"),
     ("backends",),
     ("runtime",),
     ("engine",),

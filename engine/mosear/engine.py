@@ -7,7 +7,7 @@ import numpy as np
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
-from mosear.artifacts import Manifest
+from mosear.artifacts import CONFIG, ENGINE, HEADS, TOKENIZER, Manifest
 from mosear.backends.onnxruntime_cpu import OnnxRuntimeBackend
 from mosear.backends.session import Backend
 from mosear.backends.tensorrt_builder import RTX
@@ -22,8 +22,7 @@ from mosear.runtime.pipeline import Pipeline
 from mosear.runtime.prompt import PromptBuilder
 from mosear.runtime.schedule import PREFILL_ROWS, Scheduler
 
-KIND = "engine"
-CONFIG, TOKENIZER, HEADS = "config.json", "tokenizer.json", "heads.safetensors"
+KIND = ENGINE
 ROWS_OF_A_REPORT = 3  # a conflict report: all, without the voice, without the face
 REMEDY = "build it with `python export/build_engine.py`"
 

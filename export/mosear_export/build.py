@@ -1,6 +1,5 @@
 """Stage ONNX folder to engine folder, for the target of a recipe."""
 
-import platform
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -8,19 +7,19 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime
 from onnx import numpy_helper
 from safetensors.numpy import load_file, save_file
 
-from mosear.artifacts import Draft, Manifest, existing, file_hash, publish
-from mosear.backends import onnxruntime_cpu
+from mosear.artifacts import CONFIG, HEADS, TOKENIZER, Draft, Manifest, existing, publish
 from mosear.backends.onnxruntime_cpu import OnnxRuntimeBackend, optimise
 from mosear.config import ModelConfig
 from mosear.contract import DECODER, Tensors, parts
-from mosear.engine import CONFIG, HEADS, KIND, TOKENIZER, load_heads
+from mosear.engine import KIND, load_heads
 from mosear.errors import EngineError
+from mosear.hashes import HashOf, file_hash
 from mosear.recipe import Heads, Precision, Recipe
-from mosear_export import export, fuse, golden, pack, plain, quantise
+from mosear_export import export, fuse, golden, pack, quantise
+from mosear_export.inputs import engine_inputs
 
 Report = Callable[[str], None]
 # Largest root mean square error of a part's golden outputs, relative to theirs. Golden inputs are words in random order,
@@ -28,33 +27,20 @@ Report = Callable[[str], None]
 GOLDEN_TOLERANCE = {Precision.FP32: 2e-4, Precision.INT8: 0.5}
 
 
-def inputs_of(recipe: Recipe, source: Manifest) -> dict[str, object]:
-    """All that decides what an engine is."""
-    return {
-        "onnx": source.files,
-        "recipe": recipe.record(),
-        "code": {
-            module.__name__: file_hash(Path(str(module.__file__)))
-            for module in (fuse, pack, plain, quantise, onnxruntime_cpu)
-        },
-        "onnxruntime": onnxruntime.__version__,
-        "machine": platform.machine(),
-        "processor": processor(),
-    }
-
-
-def build_engine(recipe: Recipe, onnx_folder: Path, root: Path, report: Report) -> Path:
+def build_engine(
+    recipe: Recipe, onnx_folder: Path, root: Path, report: Report, *, hash_of: HashOf | None = None
+) -> Path:
     """Build an engine below `root`, or find it there; returns its folder.
 
-    Raises EngineError where the ONNX folder was altered, or an engine's golden outputs are not the reference's.
+    hash_of: as for `existing`. Raises EngineError where the ONNX folder was altered, or an engine's golden outputs are not the reference's.
     """
     remedy = "export it again with `python export/export_onnx.py`"
     source = Manifest.load(onnx_folder, kind=export.KIND, remedy=remedy)
-    inputs = inputs_of(recipe, source)
-    if found := existing(root, kind=KIND, name=recipe.name, inputs=inputs):
+    inputs = engine_inputs(recipe, source)
+    if found := existing(root, kind=KIND, name=recipe.name, inputs=inputs, hash_of=hash_of):
         report(f"engine: {found} is fresh")
         return found
-    source.verify(onnx_folder, remedy=remedy)
+    source.verify(onnx_folder, remedy=remedy, hash_of=hash_of or file_hash)
     with publish(root, kind=KIND, name=recipe.name, inputs=inputs) as draft:
         _compile(recipe, onnx_folder, draft, report)
         draft.notes["golden"] = check_golden(recipe, onnx_folder, draft.folder, report)
@@ -131,12 +117,3 @@ def _run(backend: OnnxRuntimeBackend, part: str, inputs: Tensors) -> Tensors:
     for name, cache in state.cache.items():
         np.copyto(cache, inputs.pop(name))
     return state.step(inputs)
-
-
-def processor() -> str:
-    """The processor's model name: optimised graphs hold layouts that are right for it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")

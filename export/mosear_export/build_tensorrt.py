@@ -7,6 +7,7 @@ files, so a changed expert (heads are inputs of the decoder) makes a new engine 
 import shutil
 import tempfile
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,97 +15,86 @@ import onnx
 import onnxruntime as ort
 from safetensors.numpy import load_file, save_file
 
-from mosear.artifacts import Draft, Manifest, existing, file_hash, publish, share
-from mosear.backends import tensorrt_builder, tensorrt_child
-from mosear.backends.tensorrt_builder import Built, Job, build_plan, profile
-from mosear.backends.tensorrt_load import installed_version
+from mosear.artifacts import CONFIG, HEADS, TOKENIZER, Draft, Manifest, existing, location, publish, share
+from mosear.backends.tensorrt_builder import PLAN, PLANS, Built, Job, build_plan, profile
 from mosear.config import ModelConfig
 from mosear.contract import DECODER, Part, Tensors, parts
-from mosear.engine import CONFIG, HEADS, KIND, TOKENIZER, load_heads
+from mosear.engine import KIND, load_heads
 from mosear.errors import EngineError
-from mosear.recipe import Heads, Precision, Recipe
-from mosear_export import export, fuse, golden, masked, masked_body, narrow, pack, plain, tensorrt_graph
+from mosear.hashes import HashOf, file_hash
+from mosear.recipe import Precision, Recipe
+from mosear_export import export, golden, tensorrt_graph
+from mosear_export.inputs import engine_inputs, plan_inputs
 
 Report = Callable[[str], None]
-PLAN, PLANS = "plan", "plans"
 LABEL_ROWS = 8  # rows of a prefill whose logits are wanted, at most
 # Largest root mean square error of a part's golden outputs relative to theirs; inputs are words in random order, which 30
 # layers amplify. Measured on the demo's decoder, its worst output (logits): fp16 0.013, bf16 0.06, int8 0.30, int4 0.52.
 TOLERANCE = {
     Precision.FP16: 0.05, Precision.BF16: 0.3, Precision.INT8: 0.5, Precision.INT4: 0.8, Precision.FP8: 0.8,
 }  # fmt: skip
-CODE = (fuse, masked, masked_body, narrow, pack, plain, tensorrt_graph, tensorrt_builder, tensorrt_child)
 
 
-def inputs_of(recipe: Recipe, source: Manifest) -> dict[str, object]:
-    """All that decides what an engine is."""
-    return {
-        "onnx": source.files,
-        "recipe": recipe.record(),
-        "code": {module.__name__: file_hash(Path(str(module.__file__))) for module in CODE},
-        tensorrt_builder.RTX: installed_version(tensorrt_builder.RTX),
-    }
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """One build: what is built, from what, to where. `root`: of the engines."""
+
+    recipe: Recipe
+    onnx_folder: Path
+    source: Manifest
+    config: ModelConfig
+    root: Path
+    report: Report
+    hash_of: HashOf | None = None
 
 
-def plan_inputs(recipe: Recipe, source: Manifest, part: str) -> dict[str, object]:
-    """All that decides what a part's plan is: heads only where they are baked into it."""
-    whole, record = inputs_of(recipe, source), recipe.record()
-    files = {name: digest for name, digest in source.files.items() if name in (f"{part}.onnx", f"{part}.onnx.data")}
-    if part == DECODER and recipe.heads is Heads.BAKED:
-        files[HEADS] = source.files[HEADS]
-    files[CONFIG] = source.files[CONFIG]
-    kept = {key: record[key] for key in ("target", "precision", "block", "heads", "tensorrt")}
-    return whole | {"onnx": files, "recipe": kept, "part": part}
+def build_engine(
+    recipe: Recipe, onnx_folder: Path, root: Path, report: Report, *, hash_of: HashOf | None = None
+) -> Path:
+    """Build an engine below `root`, or find it there (`hash_of`: as for `existing`).
 
-
-def find_plan(recipe: Recipe, source: Manifest, root: Path, part: str) -> Path | None:
-    """The folder of a part's plan below `root`, if it is there."""
-    return existing(root, kind=PLAN, name=part, inputs=plan_inputs(recipe, source, part))
-
-
-def build_engine(recipe: Recipe, onnx_folder: Path, root: Path, report: Report) -> Path:
-    """Build an engine below `root`, or find it there; raises EngineError as `build_plan` and `check_golden` do."""
+    Raises EngineError as `build_plan` and `check_golden` do.
+    """
     remedy = "export it again with `python export/export_onnx.py`"
     source = Manifest.load(onnx_folder, kind=export.KIND, remedy=remedy)
-    inputs = inputs_of(recipe, source)
-    if found := existing(root, kind=KIND, name=recipe.name, inputs=inputs):
+    inputs = engine_inputs(recipe, source)
+    if found := existing(root, kind=KIND, name=recipe.name, inputs=inputs, hash_of=hash_of):
         report(f"engine: {found} is fresh")
         return found
-    source.verify(onnx_folder, remedy=remedy)
+    source.verify(onnx_folder, remedy=remedy, hash_of=hash_of or file_hash)
     config = ModelConfig.load(onnx_folder / CONFIG)
-    table = parts(config)
-    notes: dict[str, object] = {}
+    stage = Stage(
+        recipe=recipe, onnx_folder=onnx_folder, source=source, config=config, root=root, report=report, hash_of=hash_of
+    )  # fmt: skip
+    table, notes = parts(config), {}
     with publish(root, kind=KIND, name=recipe.name, inputs=inputs) as draft:
         for index, (name, part) in enumerate(table.items(), 1):
             report(f"engine: {name} ({index} of {len(table)})")
-            folder = _plan_folder(recipe, onnx_folder, source, root, part, config, report)
-            share(folder / f"{name}.plan", draft.folder / f"{name}.plan")
-            notes[name] = Manifest.load(folder, kind=PLAN, remedy="build again").notes
+            folder, file = _plan_folder(stage, part), f"{name}.plan"
+            share(folder / file, draft.folder / file)
+            notes[file] = Manifest.load(folder, kind=PLAN, remedy="build again").notes
         for file in (CONFIG, TOKENIZER):
             shutil.copy(onnx_folder / file, draft.folder)
         _, heads = _prepared(recipe, onnx_folder, table[DECODER], config)
         if heads:
             save_file(heads, draft.folder / HEADS)
         chips = list(recipe.plans.compute_capabilities)
-        draft.notes |= {"target": recipe.target, "compute_capabilities": chips, "parts": notes}
+        draft.notes |= {"target": recipe.target, "compute_capabilities": chips, "plans": notes}
     report(f"engine: wrote {(root / recipe.name).resolve()}")
     return (root / recipe.name).resolve()
 
 
-def _plan_folder(
-    recipe: Recipe, onnx_folder: Path, source: Manifest, root: Path, part: Part, config: ModelConfig, report: Report
-) -> Path:
-    inputs, folder = plan_inputs(recipe, source, part.name), root / PLANS
-    if found := find_plan(recipe, source, folder, part.name):
+def _plan_folder(stage: Stage, part: Part) -> Path:
+    recipe, onnx_folder, config = stage.recipe, stage.onnx_folder, stage.config
+    inputs, folder = plan_inputs(recipe, stage.source, part.name), stage.root / PLANS
+    if found := existing(folder, kind=PLAN, name=part.name, inputs=inputs, hash_of=stage.hash_of):
         return found
     with publish(folder, kind=PLAN, name=part.name, inputs=inputs) as draft:
         draft.notes["parity"] = check_golden(recipe, onnx_folder, part, config)
-        built = compile_part(recipe, onnx_folder, part, config, draft.folder / f"{part.name}.plan", report)
+        built = compile_part(recipe, onnx_folder, part, config, draft.folder / f"{part.name}.plan", stage.report)
         _describe(draft, built, recipe)
-        report(f"engine: {part.name}: {built.seconds:.1f} s, {built.memory_mb:.0f} MB, plan {built.plan.size:,} bytes")
-    found = find_plan(recipe, source, folder, part.name)
-    assert found is not None, "a plan that was just published is there"
-    return found
+        stage.report(f"engine: {part.name}: {built.seconds:.1f} s, {built.memory_mb:.0f} MB, plan {built.size:,} bytes")
+    return location(folder, name=part.name, inputs=inputs)
 
 
 def _describe(draft: Draft, built: Built, recipe: Recipe) -> None:

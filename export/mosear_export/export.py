@@ -5,25 +5,24 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import onnx
 import onnxruntime
-import onnxscript
 import torch
 from safetensors.torch import save_file
 
-from mosear.artifacts import existing, file_hash, publish
+from mosear.artifacts import CONFIG, HEADS, ONNX, TOKENIZER, existing, publish
 from mosear.contract import DECODER, parts
-from mosear.engine import CONFIG, HEADS, TOKENIZER
-from mosear_export import golden, plain
+from mosear.hashes import HashOf, file_hash
+from mosear_export import golden
 from mosear_export.checkpoint import Checkpoint
 from mosear_export.completeness import check_complete
+from mosear_export.inputs import onnx_inputs
 from mosear_export.model.whole import ReferenceModel
 from mosear_export.ops import ExportOps
 from mosear_export.probe import probe_axes
 from mosear_export.to_onnx import export_part
 
 Report = Callable[[str], None]
-KIND = "onnx"
+KIND = ONNX
 GOLDEN = "golden"
 
 
@@ -35,28 +34,16 @@ class OnnxFolder:
     key: str
 
 
-def sources_hash() -> dict[str, str]:
-    """Hashes of the code that decides what an exported graph is."""
-    package = Path(plain.__file__).parent
-    files = [package / name for name in ("plain.py", "ops.py", "to_onnx.py", "golden.py")]
-    files += sorted((package / "model").glob("*.py"))
-    return {path.name: file_hash(path) for path in files}
-
-
-def export_checkpoint(folder: Path, root: Path, report: Report, *, name: str = "onnx") -> Path:
+def export_checkpoint(
+    folder: Path, root: Path, report: Report, *, name: str = "onnx", hash_of: HashOf | None = None
+) -> Path:
     """Export a checkpoint below `root`, or find the export there; returns its folder.
 
-    Raises CheckpointError for a bad checkpoint and EngineError where a finished file fails its probe.
+    hash_of: as for `existing`. Raises CheckpointError for a bad checkpoint and EngineError where a finished file fails its probe.
     """
-    checkpoint = Checkpoint.open(folder)
-    inputs: dict[str, object] = {
-        "checkpoint": checkpoint.hashes,
-        "code": sources_hash(),
-        "torch": torch.__version__,
-        "onnx": onnx.__version__,
-        "onnxscript": onnxscript.__version__,
-    }
-    if found := existing(root, kind=KIND, name=name, inputs=inputs):
+    checkpoint = Checkpoint.open(folder, hash_of=hash_of or file_hash)
+    inputs = onnx_inputs(checkpoint.hashes)
+    if found := existing(root, kind=KIND, name=name, inputs=inputs, hash_of=hash_of):
         report(f"onnx: {found} is fresh")
         return found
     model = ReferenceModel.load(folder, ExportOps())

@@ -8,11 +8,11 @@ from pathlib import Path
 import onnx
 from onnx import ModelProto
 
+from mosear.artifacts import CONFIG
 from mosear.backends import tensorrt_builder
 from mosear.config import ModelConfig
 from mosear.config import Target as Linear
 from mosear.contract import DECODER, parts
-from mosear.engine import CONFIG
 from mosear.recipe import Recipe, Target
 from mosear_export import masked, pack
 from mosear_export.ops import DOMAIN

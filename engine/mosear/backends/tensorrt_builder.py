@@ -19,11 +19,14 @@ from pathlib import Path
 from mosear.backends.tensorrt_plan import Plan, read_plan
 from mosear.contract import Part
 from mosear.errors import EngineError
+from mosear.recipe import Target
 
 Say = Callable[[str], None]
 Range = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # smallest, usual, largest shape
-RTX = "tensorrt_rtx"
-INSTALL = {RTX: "pip install 'mosear-engine[rtx]'", "tensorrt": "pip install tensorrt"}
+RTX, TENSORRT = "tensorrt_rtx", "tensorrt"
+MODULES = {Target.TENSORRT_RTX: RTX, Target.TENSORRT: TENSORRT}  # of the targets whose parts are plans
+INSTALL = {RTX: "pip install 'mosear-engine[rtx]'", TENSORRT: "pip install 'mosear-engine[tensorrt]'"}
+PLAN, PLANS = "plan", "plans"  # kind of a plan's folder; below the engines
 KEPT_LINES = 6  # of a log, in an error
 
 # What the builder says, and what that means.

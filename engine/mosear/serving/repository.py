@@ -12,15 +12,15 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file
 
-from mosear.artifacts import MANIFEST, Manifest, existing, publish, share
+from mosear.artifacts import CONFIG, MANIFEST, ONNX, TOKENIZER, Manifest, existing, publish, share
 from mosear.contract import DECODER, ENCODERS, Tensors, served
-from mosear.engine import CONFIG, REMEDY, TOKENIZER, EngineFolder
+from mosear.engine import REMEDY, EngineFolder
 from mosear.errors import ServingError
 from mosear.serving.configs import ENGINE, Device, Settings, config_text, model_configs, sample_file
 
 Report = Callable[[str], None]
 KIND = "repository"
-ONNX_KIND, GOLDEN = "onnx", "golden"  # what `mosear export onnx` writes
+GOLDEN = "golden"  # folder of what `mosear export onnx` writes
 ONNX_REMEDY = "export it again with `python export/export_onnx.py`"
 VERSION = "1"
 MODEL_PY = '''"""The model is `mosear.serving.models.{module}`."""
@@ -105,7 +105,7 @@ def _source(engine: EngineFolder, folder: Path | None, target: Device) -> Source
                 "target gpu serves the exported graphs: name the ONNX folder that the engine was built from"
             )
         return None
-    manifest = Manifest.load(folder, kind=ONNX_KIND, remedy=ONNX_REMEDY)
+    manifest = Manifest.load(folder, kind=ONNX, remedy=ONNX_REMEDY)
     if manifest.files != engine.manifest.inputs["onnx"]:
         raise ServingError(
             f"{engine.folder} was not built from {folder}: name the right one, or build the engine again"
