@@ -13,7 +13,6 @@ from toy import toy_config, toy_model
 from toy_engine import LIMITS, byte_tokenizer
 
 from mosear.artifacts import Manifest, folder_hashes
-from mosear.backends import tensorrt_builder
 from mosear.cli import main
 from mosear.config import ModelConfig, Policy
 from mosear.contract import DECODER, parts
@@ -22,6 +21,7 @@ from mosear.engine import HEADS, KIND, Engine, EngineFolder
 from mosear.errors import EngineError
 from mosear.recipe import Precision, Recipe, Target, TensorRT
 from mosear_export import build_tensorrt, checkpoint, export
+from mosear_export import preflight as preflight_module
 from mosear_export.build_tensorrt import build_engine
 from mosear_export.explain import explain
 from mosear_export.export import export_checkpoint
@@ -50,9 +50,9 @@ def engine(onnx_folder: Path) -> Path:
 
 
 def profiles(engine: Path, part: str) -> list[dict[str, object]]:
-    parts = Manifest.load(engine, kind=KIND, remedy="").notes["parts"]
+    parts = Manifest.load(engine, kind=KIND, remedy="").notes["plans"]
     assert isinstance(parts, dict)
-    found = parts[part]["report"]["profiles"]
+    found = parts[f"{part}.plan"]["report"]["profiles"]
     assert isinstance(found, list)
     return found
 
@@ -159,7 +159,7 @@ def test_a_dry_run_names_an_operator_that_tensorrt_lacks(onnx_folder: Path, tmp_
 
 
 def test_a_dry_run_without_the_library(onnx_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tensorrt_builder, "installed", lambda module: False)
+    monkeypatch.setattr(preflight_module, "unusable", lambda module: f"{module} is not installed")
     (finding,) = [finding for finding in preflight(RECIPE, onnx_folder) if finding.stops]
     assert "tensorrt_rtx is not installed: pip install" in str(finding)
 

@@ -45,7 +45,14 @@ PRECISIONS = {
 ON_TENSORRT = (Target.TENSORRT_RTX, Target.TENSORRT)
 # Compute capabilities that TensorRT-RTX builds for. It takes 7.5 too, but has no fp32 products there, which pooling needs.
 CAPABILITIES = ("8.0", "8.6", "8.9", "12.0", "12.1")
-PLUGIN_CAPABILITIES = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")  # of our kernels, which plans of the target tensorrt hold
+PLUGIN_CAPABILITIES = (
+    "8.0",
+    "8.6",
+    "8.9",
+    "9.0",
+    "10.0",
+    "12.0",
+)  # of our kernels, which plans of the target tensorrt hold
 FP8_CAPABILITIES = ("8.9", "12.0", "12.1")
 
 
@@ -54,6 +61,14 @@ class Mechanisms(enum.StrEnum):
 
     PLUGINS = "plugins"
     OPERATORS = "operators"
+
+
+class Compatibility(enum.StrEnum):
+    """On which GPUs beside the one that built it a plan of the target tensorrt runs, at some price in speed."""
+
+    NONE = "none"
+    SAME_COMPUTE_CAPABILITY = "same_compute_capability"
+    AMPERE_PLUS = "ampere_plus"  # 8.0 and above
 
 
 class Provider(enum.StrEnum):
@@ -95,11 +110,14 @@ class TensorRT:
     prefill_batch: int = 4
     prefill_rows: int = 512  # rows of a prompt in one call
     decode_batch: int = 8
-    builder_memory_mb: int = 4096  # that the builder may allocate: of this machine (tensorrt-rtx), of the GPU (tensorrt)
+    builder_memory_mb: int = (
+        4096  # that the builder may allocate: of this machine (tensorrt-rtx), of the GPU (tensorrt)
+    )
     mechanisms: Mechanisms = Mechanisms.OPERATORS
+    compatibility: Compatibility = Compatibility.NONE
 
     def __post_init__(self) -> None:
-        for name in self.__slots__[1:-1]:
+        for name in self.__slots__[1:-2]:
             if getattr(self, name) <= 0:
                 raise ConfigError(f"tensorrt.{name} is {getattr(self, name)}: it must be above 0")
         if min(self.prefill_batch, self.decode_batch) < 2:
@@ -167,17 +185,29 @@ class Recipe:
 
     def _check_chips(self) -> None:
         given, with_plugins = self.plans.compute_capabilities, self.plans.mechanisms is Mechanisms.PLUGINS
+        served: tuple[str, ...]
         if self.target is Target.TENSORRT_RTX:
             if with_plugins:
                 raise ConfigError(
                     f"recipe {self.name}: tensorrt.mechanisms is plugins, which TensorRT-RTX does not take: leave it out, or "
                     f"choose the target {Target.TENSORRT}"
                 )
-            served, note = CAPABILITIES, (
-                " (7.5 lacks fp32 products; 9.0 and 10.0, the data-centre chips, need the target tensorrt)"
+            if self.plans.compatibility is not Compatibility.NONE:
+                raise ConfigError(
+                    f"recipe {self.name}: tensorrt.compatibility is {self.plans.compatibility}, which TensorRT-RTX has not: "
+                    "name each chip in tensorrt.compute_capabilities"
+                )
+            served, note = (
+                CAPABILITIES,
+                (" (7.5 lacks fp32 products; 9.0 and 10.0, the data-centre chips, need the target tensorrt)"),
             )
         else:
             served, note = PLUGIN_CAPABILITIES, ""
+            if with_plugins and self.plans.compatibility is Compatibility.AMPERE_PLUS:
+                raise ConfigError(
+                    f"recipe {self.name}: tensorrt.compatibility is ampere_plus, and our kernels in a plan are those of one "
+                    "chip: set tensorrt.mechanisms to operators, or leave compatibility out"
+                )
             if len(given) != 1:
                 raise ConfigError(
                     f"recipe {self.name}: tensorrt.compute_capabilities is {list(given)}: the target {self.target} builds on "

@@ -17,7 +17,7 @@ from mosear.contract import DECODER, Tensors, parts
 from mosear.engine import KIND, load_heads
 from mosear.errors import EngineError
 from mosear.hashes import HashOf, file_hash
-from mosear.recipe import Heads, Precision, Recipe
+from mosear.recipe import Heads, Precision, Recipe, Target
 from mosear_export import export, fuse, golden, pack, quantise
 from mosear_export.inputs import engine_inputs
 
@@ -32,7 +32,8 @@ def build_engine(
 ) -> Path:
     """Build an engine below `root`, or find it there; returns its folder.
 
-    hash_of: as for `existing`. Raises EngineError where the ONNX folder was altered, or an engine's golden outputs are not the reference's.
+    hash_of: as for `existing`.
+    Raises EngineError where the ONNX folder was altered, or an engine's golden outputs are not the reference's.
     """
     remedy = "export it again with `python export/export_onnx.py`"
     source = Manifest.load(onnx_folder, kind=export.KIND, remedy=remedy)
@@ -57,7 +58,7 @@ def _compile(recipe: Recipe, onnx_folder: Path, draft: Draft, report: Report) ->
         report(f"engine: {name} ({index} of {len(table)})")
         source = onnx_folder / f"{name}.onnx"
         if name != DECODER:
-            optimise(source, draft.folder / source.name)
+            _finish(recipe, source, draft.folder / source.name)
             continue
         model, heads = prepare_decoder(onnx.load(source), config, recipe, load_heads(onnx_folder / HEADS))
         if heads:
@@ -66,7 +67,17 @@ def _compile(recipe: Recipe, onnx_folder: Path, draft: Draft, report: Report) ->
         with tempfile.TemporaryDirectory(dir=draft.folder.parent, prefix=".build-") as aside:
             path = Path(aside, source.name)
             onnx.save_model(model, path, save_as_external_data=True, location=f"{path.name}.data", size_threshold=1024)
-            optimise(path, draft.folder / source.name)
+            _finish(recipe, path, draft.folder / source.name)
+
+
+def _finish(recipe: Recipe, source: Path, target: Path) -> None:
+    """Optimised for this machine's processor; for a GPU as it is, to be optimised where it is loaded."""
+    if recipe.target is Target.ONNXRUNTIME_CPU:
+        optimise(source, target)
+        return
+    for file in (source, source.with_name(f"{source.name}.data")):
+        if file.exists():
+            shutil.copyfile(file, target.with_name(file.name))
 
 
 def prepare_decoder(

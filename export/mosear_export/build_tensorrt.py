@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -16,17 +17,19 @@ import onnxruntime as ort
 from safetensors.numpy import load_file, save_file
 
 from mosear.artifacts import CONFIG, HEADS, TOKENIZER, Draft, Manifest, existing, location, publish, share
-from mosear.backends.tensorrt_builder import PLAN, PLANS, Built, Job, build_plan, profile
+from mosear.backends.tensorrt_builder import MODULES, PLAN, PLANS, TENSORRT, Built, Job, Plugins, build_plan, profile
+from mosear.backends.tensorrt_load import first_device, installed_version
 from mosear.config import ModelConfig
 from mosear.contract import DECODER, Part, Tensors, parts
 from mosear.engine import KIND, load_heads
 from mosear.errors import EngineError
 from mosear.hashes import HashOf, file_hash
-from mosear.recipe import Precision, Recipe
+from mosear.recipe import Mechanisms, Precision, Recipe, Target
 from mosear_export import export, golden, tensorrt_graph
 from mosear_export.inputs import engine_inputs, plan_inputs
 
 Report = Callable[[str], None]
+PLUGINS = "mosear.kernels.plugins.register"
 LABEL_ROWS = 8  # rows of a prefill whose logits are wanted, at most
 # Largest root mean square error of a part's golden outputs relative to theirs; inputs are words in random order, which 30
 # layers amplify. Measured on the demo's decoder, its worst output (logits): fp16 0.013, bf16 0.06, int8 0.30, int4 0.52.
@@ -93,15 +96,17 @@ def _plan_folder(stage: Stage, part: Part) -> Path:
         draft.notes["parity"] = check_golden(recipe, onnx_folder, part, config)
         built = compile_part(recipe, onnx_folder, part, config, draft.folder / f"{part.name}.plan", stage.report)
         _describe(draft, built, recipe)
-        stage.report(f"engine: {part.name}: {built.seconds:.1f} s, {built.memory_mb:.0f} MB, plan {built.size:,} bytes")
+        stage.report(
+            f"engine: {part.name}: {built.seconds:.1f} s, {built.memory_mb:.0f} MB, plan {built.plan.size:,} bytes"
+        )
     return location(folder, name=part.name, inputs=inputs)
 
 
 def _describe(draft: Draft, built: Built, recipe: Recipe) -> None:
     draft.notes |= {
-        "compute_capabilities": list(built.plan.chips), "version": built.version, "seconds": round(built.seconds, 1),
-        "memory_mb": round(built.memory_mb), "inputs": built.inputs, "outputs": built.outputs,
-        "report": built.plan.record(),
+        "module": MODULES[recipe.target], "version": built.version, "compute_capabilities": list(built.plan.chips),
+        "seconds": round(built.seconds, 1), "memory_mb": round(built.memory_mb), "inputs": built.inputs,
+        "outputs": built.outputs, "report": built.plan.record(), "read_back": built.read_back,
     }  # fmt: skip
     wanted, found = set(recipe.plans.compute_capabilities), set(built.plan.chips)
     if wanted != found:
@@ -133,8 +138,30 @@ def compile_part(
         job = Job(
             part=part.name, onnx=path, plan=plan, profiles=ranges if ranges[0] else (),
             compute_capabilities=settings.compute_capabilities, memory_mb=settings.builder_memory_mb,
+            module=MODULES[recipe.target], **on_gpu(recipe, part, plan.parent.parent),
         )  # fmt: skip
         return build_plan(job, report)
+
+
+def on_gpu(recipe: Recipe, part: Part, folder: Path) -> dict[str, Any]:  # Any: fields of a Job
+    """What a build by TensorRT itself takes beside: the GPU that it runs on decides. Timings are kept in `folder`.
+
+    Raises EngineError where this machine's GPU is not the recipe's.
+    """
+    if recipe.target is not Target.TENSORRT:
+        return {}
+    (wanted,), device = recipe.plans.compute_capabilities, first_device()
+    if device.compute_capability != wanted:
+        found = device.reason or f"this one is {device.compute_capability}"
+        raise EngineError(
+            f"{part.name}: recipe {recipe.name} is for a GPU of compute capability {wanted}, and TensorRT builds on the GPU "
+            f"that runs the plan: {found}: build there, or name this machine's in tensorrt.compute_capabilities"
+        )
+    arch = int(wanted.replace(".", ""))
+    with_plugins = part.name == DECODER and recipe.plans.mechanisms is Mechanisms.PLUGINS
+    plugins = Plugins(module=PLUGINS, arch=arch, multiprocessors=device.multiprocessors) if with_plugins else None
+    timings = folder / f"timings-sm{arch}-{installed_version(TENSORRT)}.cache"
+    return {"plugins": plugins, "compatibility": recipe.plans.compatibility, "timing_cache": timings}
 
 
 def profiles(part: Part, config: ModelConfig, recipe: Recipe) -> list[dict[str, tuple[int, int, int]]]:
@@ -158,7 +185,9 @@ def _prepared(
     if part.name != DECODER:
         return tensorrt_graph.prepare_part(model, recipe, emulate=emulate), {}
     heads = load_heads(onnx_folder / HEADS)
-    return tensorrt_graph.prepare_decoder(model, config, recipe, heads, part, emulate=emulate)
+    with_plugins = recipe.plans.mechanisms is Mechanisms.PLUGINS
+    prepare = tensorrt_graph.prepare_plugin_decoder if with_plugins else tensorrt_graph.prepare_decoder
+    return prepare(model, config, recipe, heads, part, emulate=emulate)
 
 
 def check_golden(recipe: Recipe, onnx_folder: Path, part: Part, config: ModelConfig) -> dict[str, float]:

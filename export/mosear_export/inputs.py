@@ -14,20 +14,24 @@ from mosear.backends.tensorrt_builder import MODULES
 from mosear.backends.tensorrt_load import installed_version
 from mosear.contract import DECODER
 from mosear.hashes import HashOf, file_hash
-from mosear.recipe import Heads, Recipe, Target
+from mosear.recipe import Heads, Mechanisms, Recipe, Target
 
 ENGINE, EXPORT = Path(str(mosear.__file__)).parent, Path(__file__).parent
 DEMO, DEMO_HEADS = "demo", EXPORT / "demo" / "heads.safetensors"
-CHECKPOINT_CODE = ("checkpoint.py", *(f"demo/{name}.py" for name in ("assemble", "efficientnet", "face_api", "smollm", "whisper")))
+READERS = ("efficientnet", "face_api", "smollm", "whisper")
+CHECKPOINT_CODE = ("checkpoint.py", *(f"demo/{name}.py" for name in ("assemble", "packages", *READERS)))
 GRAPH_CODE = ("plain.py", "ops.py", "to_onnx.py", "golden.py")
 SHARED_CODE = ("fuse.py", "pack.py", "plain.py")
 CPU_CODE = (*SHARED_CODE, "quantise.py")
+BUILDER_CODE = ("backends/tensorrt_builder.py", "backends/tensorrt_child.py")
+ONNXRUNTIMES = ("onnxruntime", "onnxruntime-gpu")  # packages with the same module: one of them is there
+MISSING = "missing"
 TENSORRT_CODE = (*SHARED_CODE, "masked.py", "masked_body.py", "narrow.py", "tensorrt_graph.py")
 
 
 def checkpoint_inputs(gguf: Path, heads: Path, hash_of: HashOf) -> dict[str, object]:
     """Of the demo's checkpoint; its other parts are packages whose hashes stand in the code."""
-    code = _hashes(EXPORT, CHECKPOINT_CODE) | _hashes(EXPORT, ("demo/packages.py",)) | _hashes(ENGINE, ("config.py",))
+    code = _hashes(EXPORT, CHECKPOINT_CODE) | _hashes(ENGINE, ("config.py",))
     return {"gguf": hash_of(gguf), "heads": hash_of(heads), "code": code}
 
 
@@ -40,13 +44,23 @@ def onnx_inputs(checkpoint: dict[str, str]) -> dict[str, object]:
 
 def engine_inputs(recipe: Recipe, source: Manifest) -> dict[str, object]:
     """Of an engine; `source`: the manifest of its ONNX folder."""
+    tools: dict[str, object]
     if recipe.target in MODULES:
-        code = _hashes(EXPORT, TENSORRT_CODE) | _hashes(ENGINE / "backends", ("tensorrt_builder.py", "tensorrt_child.py"))
         module = MODULES[recipe.target]
-        tools: dict[str, object] = {module: installed_version(module)}
+        code, tools = (
+            _hashes(EXPORT, TENSORRT_CODE) | _hashes(ENGINE, BUILDER_CODE),
+            {module: installed_version(module)},
+        )
+        if recipe.plans.mechanisms is Mechanisms.PLUGINS:
+            kernels = sorted(str(path.relative_to(ENGINE)) for path in (ENGINE / "kernels").rglob("*.py"))
+            code |= _hashes(EXPORT, ("plugin_flavour.py",)) | _hashes(ENGINE, kernels)
+            tools["triton"] = _version("triton")
     else:
-        code = _hashes(EXPORT, CPU_CODE) | _hashes(ENGINE / "backends", ("onnxruntime_cpu.py",))
-        tools = {"onnxruntime": _version("onnxruntime"), "machine": platform.machine(), "processor": processor()}
+        code = _hashes(EXPORT, CPU_CODE) | _hashes(ENGINE, ("backends/onnxruntime_cpu.py",))
+        runtime = next((found for name in ONNXRUNTIMES if (found := _version(name)) != MISSING), MISSING)
+        tools = {"onnxruntime": runtime}
+        if recipe.target is Target.ONNXRUNTIME_CPU:
+            tools |= {"machine": platform.machine(), "processor": processor()}
     return {"onnx": source.files, "recipe": recipe.record(), "code": code, **tools}
 
 
@@ -79,4 +93,4 @@ def _version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return "missing"
+        return MISSING

@@ -93,9 +93,7 @@ def fetch(cache: Path, report: Report, *, hash_of: HashOf = file_hash) -> DemoFi
     )
 
 
-def fetch_package(
-    package: Package, cache: Path, report: Report, *, hash_of: HashOf = file_hash
-) -> dict[Member, Path]:
+def fetch_package(package: Package, cache: Path, report: Report, *, hash_of: HashOf = file_hash) -> dict[Member, Path]:
     """Make sure that the members of one package lie in `cache`; downloads it only if one is missing or damaged."""
     folder = cache / package.folder
     paths = {member: folder / member.name for member in package.members}
