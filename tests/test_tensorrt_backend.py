@@ -23,6 +23,7 @@ from mosear.artifacts import CONFIG
 from mosear.backends.cuda_driver import Driver
 from mosear.backends.tensorrt_backend import TensorRTBackend
 from mosear.backends.tensorrt_builder import MODULES, profile
+from mosear.backends.tensorrt_decoder import PlanDecoder
 from mosear.backends.tensorrt_plans import from_plan, to_plan
 from mosear.config import ModelConfig
 from mosear.contract import DECODER, Tensors, parts
@@ -31,6 +32,7 @@ from mosear.errors import EngineError
 from mosear.recipe import Mechanisms, Precision, Recipe, Target, TensorRT
 from mosear.runtime.request import Request
 from mosear_export import build_tensorrt, tensorrt_graph
+from mosear_export.golden_plans import check_on_gpu
 
 COMPILER = shutil.which("cc") or shutil.which("gcc")
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs a C compiler, for a stand-in of CUDA's driver")
@@ -129,7 +131,7 @@ def compare(loaded: Loaded, found: Tensors, wanted: Tensors, tensors: Tensors) -
     gates = [out["expert_weights"].transpose(0, 2, 1, 3)[live] for out in (found, wanted)]
     loaded.near(gates[0], gates[1], "gates")
     given = live & (position >= tensors["first_row"][:, None])
-    for name in ("mass_before", "mass_after"):
+    for name in ("mass_before", "mass_after") if given.any() else ():
         rows = [out[name].transpose(0, 3, 1, 2, 4)[given] for out in (found, wanted)]
         loaded.near(rows[0], rows[1], name)
 
@@ -193,6 +195,24 @@ def test_rows_are_moved_cleared_and_kept(loaded: Loaded) -> None:
         order = {name: value[[2, 1]] for name, value in wide.items()}
         found.append({name: np.array(value) for name, value in state.step(order, first=0).items()})
     compare(loaded, found[0], found[1], {name: value[[2, 1]] for name, value in step.items()})
+
+
+def test_golden_outputs_are_met_in_both_profiles(
+    loaded: Loaded, folders: Folders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a build on a GPU asks; and where the decode profile alone computes something else, that is named."""
+    limit = build_tensorrt.TOLERANCE[loaded.recipe.precision]
+    errors = check_on_gpu(loaded.backend, folders.onnx, loaded.config, limit=limit)
+    assert {"decoder.prefill.logits", "decoder.decode.mass_after", "voice.voice_features"} <= errors.keys()
+    run = PlanDecoder._run
+
+    def wrong(state: PlanDecoder, tensors: Tensors, piece: Any, profile: int, first: int) -> Tensors:
+        found = run(state, tensors, piece, profile, first)
+        return found if profile == 0 else found | {"logits": found["logits"][..., ::-1]}
+
+    monkeypatch.setattr(PlanDecoder, "_run", wrong)
+    with pytest.raises(EngineError, match=r"decoder\.decode\.logits on this GPU differs from the reference by"):
+        check_on_gpu(loaded.backend, folders.onnx, loaded.config, limit=limit)
 
 
 def test_every_task_is_answered(loaded: Loaded, clip: bytes) -> None:

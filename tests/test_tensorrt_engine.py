@@ -1,25 +1,33 @@
 """A toy's whole engine for TensorRT-RTX: what is fused, what is rebuilt when, and what a dry run says."""
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
+from google.protobuf import json_format, text_format
 from onnx import helper
 from safetensors.numpy import load_file, save_file
 from toy import toy_config, toy_model
 from toy_engine import LIMITS, byte_tokenizer
+from tritonclient.grpc import model_config_pb2 as pb
 
 from mosear.artifacts import Manifest, folder_hashes
 from mosear.cli import main
 from mosear.config import ModelConfig, Policy
-from mosear.contract import DECODER, parts
+from mosear.contract import DECODER, ENCODERS, parts
 from mosear.doctor import describe
 from mosear.engine import HEADS, KIND, Engine, EngineFolder
-from mosear.errors import EngineError
+from mosear.errors import EngineError, ServingError
 from mosear.recipe import Precision, Recipe, Target, TensorRT
+from mosear.serving.check import check_plans
+from mosear.serving.configs import Device, Settings, model_configs
+from mosear.serving.onnx_backend import Ask
+from mosear.serving.plan_backend import PlanModel
 from mosear_export import build_tensorrt, checkpoint, export
 from mosear_export import preflight as preflight_module
 from mosear_export.build_tensorrt import build_engine
@@ -126,7 +134,7 @@ def test_explain_names_what_differs(engine: Path, onnx_folder: Path, tmp_path: P
 
 
 def test_an_engine_is_not_run_where_it_cannot(engine: Path) -> None:
-    with pytest.raises(EngineError, match=r"needs a GPU of compute capability 8\.9|fits this machine|found "):
+    with pytest.raises(EngineError, match=r"needs a GPU of compute capability 8\.9: no NVIDIA driver|found "):
         Engine(engine)
 
 
@@ -175,3 +183,83 @@ def test_the_command_lines_dry_run(onnx_folder: Path, tmp_path: Path, capsys: py
     assert "rtx-fp16: nothing stops this build" in capsys.readouterr().out
     assert main(["build", "--dry-run", "--out", str(tmp_path / "nowhere")]) == 1
     assert "export a checkpoint first" in capsys.readouterr().err
+
+
+def test_the_server_takes_the_configuration_of_every_plan(
+    engine: Path, onnx_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The real server loads them, in a copy whose instances are of kind CPU; then one that does not fit its plan."""
+    arguments = ["repo", "--engine", str(engine), "--onnx", str(onnx_folder), "--out", str(tmp_path)]
+    assert main(arguments) == 1 and "engine of tensorrt-rtx, which a GPU runs: --target gpu" in capsys.readouterr().err
+    assert main([*arguments, "--target", "gpu", "--check"]) == 0
+    said = capsys.readouterr().out
+    for name in ENCODERS:
+        assert f"{name}: the server takes its configuration, which fits its plan" in said
+    repository = (tmp_path / "toy-rtx-on-gpu").resolve()
+    config = text_format.Parse((repository / "voice" / "config.pbtxt").read_text(), pb.ModelConfig())
+    assert (config.backend, config.platform, config.default_model_filename) == (
+        "tensorrt", "tensorrt_plan", "model.plan",
+    )  # fmt: skip
+    (group,) = config.instance_group
+    assert group.kind == pb.ModelInstanceGroup.KIND_GPU and list(group.profile) == ["0"]
+    assert config.max_batch_size == PLANS.decode_batch and config.model_warmup
+    assert (repository / "voice" / "1" / "model.plan").samefile(engine / "voice.plan")
+    wrong = shutil.copytree(repository, tmp_path / "wrong")
+    config.max_batch_size = 64
+    (wrong / "voice" / "config.pbtxt").write_text(text_format.MessageToString(config))
+    with pytest.raises(ServingError, match="max_batch_size is 64, the plan's profile goes to 3"):
+        check_plans(wrong, print)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"input": []}, r"voice: the plan has the inputs \['mel', 'voice_frames'\], the configuration \[\]"),
+        ({"dims": [9, -1]}, r"voice: mel is \[-1, 8, -1\] in the plan, the configuration says \[9, -1\] without"),
+        ({"data_type": "TYPE_FP16"}, "voice: mel is FLOAT in the plan, the configuration says TYPE_FP16"),
+        ({"profile": ["1"]}, "voice: there is no profile 1: the plan has 1"),
+    ],
+)
+def test_a_configuration_that_is_not_the_plans_is_refused(
+    change: dict[str, Any], message: str, engine: Path, tmp_path: Path
+) -> None:
+    folder, config = plan_folder(engine, tmp_path)
+    assert isinstance(PlanModel(config, folder), PlanModel)
+    tensor = next(tensor for tensor in config["input"] if tensor["name"] == "mel")
+    tensor |= {key: value for key, value in change.items() if key in tensor}
+    config |= {key: value for key, value in change.items() if key in config}
+    config["instance_group"][0] |= {key: value for key, value in change.items() if key == "profile"}
+    with pytest.raises(EngineError, match=message):
+        PlanModel(config, folder)
+
+
+def plan_folder(engine: Path, tmp_path: Path) -> tuple[Path, dict[str, Any]]:
+    """A model's version folder with the voice's plan, and its configuration as Triton hands it on."""
+    folder, notes = tmp_path / "1", Manifest.load(engine, kind=KIND, remedy="").notes["plans"]
+    assert isinstance(notes, dict)
+    folder.mkdir()
+    shutil.copy(engine / "voice.plan", folder / "model.plan")
+    (folder / "plan.json").write_text(json.dumps(notes["voice.plan"]))
+    files = EngineFolder(engine)
+    made = model_configs(files.config, files.recipe, device=Device.GPU, settings=Settings(), warm={})["voice"]
+    config = json_format.MessageToDict(made, preserving_proto_field_name=True)
+    config["input"] = [{"data_type": "TYPE_INVALID", **tensor} for tensor in config["input"]]
+    return folder, config
+
+
+def test_a_plan_that_is_not_what_was_built_is_refused_where_it_is_served(engine: Path, tmp_path: Path) -> None:
+    folder, config = plan_folder(engine, tmp_path)
+    model = PlanModel(config, folder)
+    (answer,) = model.answer([Ask(inputs={}, outputs=("voice_features",))])
+    assert "voice is checked and not loaded: instances of kind GPU answer" in str(answer)
+    with pytest.raises(
+        EngineError, match=r"voice: the plan is for compute capability 8\.9, found no NVIDIA driver|8\."
+    ):
+        model.open()
+    data = (folder / "model.plan").read_bytes()
+    (folder / "model.plan").write_bytes(data[:-1])
+    with pytest.raises(EngineError, match=r"model\.plan has \d+ bytes, \d+ were built: run `mosear repo`"):
+        PlanModel(config, folder)
+    (folder / "plan.json").unlink()
+    with pytest.raises(EngineError, match="holds no plan and its notes"):
+        PlanModel(config, folder)

@@ -101,6 +101,9 @@ def _repo_options(repo: argparse.ArgumentParser) -> None:
     repo.add_argument(
         "--target", choices=["cpu", "gpu"], default="cpu", help="where encoders run (default: %(default)s)"
     )
+    repo.add_argument(
+        "--check", action="store_true", help="let the server load each plan's configuration, without a GPU"
+    )
     for name, about in SERVED_AT_ONCE.items():
         repo.add_argument(f"--{name.replace('_', '-')}", type=int, help=about)
 
@@ -219,10 +222,14 @@ def _repo(options: argparse.Namespace) -> None:
 
     asked = {name: value for name in SERVED_AT_ONCE if (value := getattr(options, name)) is not None}
     onnx_folder = options.onnx if options.onnx.exists() else None
-    assemble(
+    made = assemble(
         options.engine, options.out, target=Device(options.target), onnx_folder=onnx_folder, say=_say,
         settings=Settings(**asked),
     )  # fmt: skip
+    if options.check:
+        from mosear.serving.check import check_plans
+
+        check_plans(made, _say)
 
 
 def _server_options(options: argparse.Namespace) -> "ServerOptions":

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 from safetensors.numpy import load_file, save_file
 
 from mosear.artifacts import CONFIG, HEADS, TOKENIZER, Draft, Manifest, existing, location, publish, share
+from mosear.backends.tensorrt_backend import TensorRTBackend
 from mosear.backends.tensorrt_builder import MODULES, PLAN, PLANS, TENSORRT, Built, Job, Plugins, build_plan, profile
 from mosear.backends.tensorrt_load import first_device, installed_version
 from mosear.config import ModelConfig
@@ -26,6 +26,7 @@ from mosear.errors import EngineError
 from mosear.hashes import HashOf, file_hash
 from mosear.recipe import Mechanisms, Precision, Recipe, Target
 from mosear_export import export, golden, tensorrt_graph
+from mosear_export.golden_plans import check_on_gpu, cpu_session, export_session, last_row
 from mosear_export.inputs import engine_inputs, plan_inputs
 
 Report = Callable[[str], None]
@@ -82,9 +83,20 @@ def build_engine(
         if heads:
             save_file(heads, draft.folder / HEADS)
         chips = list(recipe.plans.compute_capabilities)
+        if recipe.target is Target.TENSORRT:  # this is the GPU that will run it
+            report("engine: golden outputs on this GPU")
+            draft.notes["golden"] = _try(recipe, onnx_folder, draft.folder, config)
         draft.notes |= {"target": recipe.target, "compute_capabilities": chips, "plans": notes}
     report(f"engine: wrote {(root / recipe.name).resolve()}")
     return (root / recipe.name).resolve()
+
+
+def _try(recipe: Recipe, onnx_folder: Path, folder: Path, config: ModelConfig) -> dict[str, float]:
+    backend = TensorRTBackend(folder, config, module=MODULES[recipe.target], heads=load_heads(folder / HEADS))
+    try:
+        return check_on_gpu(backend, onnx_folder, config, limit=TOLERANCE[recipe.precision])
+    finally:
+        backend.close()
 
 
 def _plan_folder(stage: Stage, part: Part) -> Path:
@@ -106,7 +118,7 @@ def _describe(draft: Draft, built: Built, recipe: Recipe) -> None:
     draft.notes |= {
         "module": MODULES[recipe.target], "version": built.version, "compute_capabilities": list(built.plan.chips),
         "seconds": round(built.seconds, 1), "memory_mb": round(built.memory_mb), "inputs": built.inputs,
-        "outputs": built.outputs, "report": built.plan.record(), "read_back": built.read_back,
+        "outputs": built.outputs, "profiles": list(built.profiles), "report": built.plan.record(), "read_back": built.read_back,
     }  # fmt: skip
     wanted, found = set(recipe.plans.compute_capabilities), set(built.plan.chips)
     if wanted != found:
@@ -204,16 +216,16 @@ def check_golden(recipe: Recipe, onnx_folder: Path, part: Part, config: ModelCon
         if part.name == DECODER:
             feeds["first_row"] = (feeds["key_length"].astype(int) - 1).astype(np.int32)
             names = ["logits", "mass_before", "mass_after"]
-            reference = _session(onnx_folder / f"{part.name}.onnx")
+            reference = export_session(onnx_folder)
             values = reference.run(names, feeds | load_heads(onnx_folder / HEADS))
             del reference
             cache = part.state[0][1]  # one for all layers' caches
             wanted = dict(zip(names, values, strict=True)) | {cache: wanted[cache]}
-            wanted |= {name: _last_row(wanted[name], feeds) for name in names[1:]}
+            wanted |= {name: last_row(wanted[name], feeds) for name in names[1:]}
             heads = {n: tensorrt_graph.stored_head(v, n, recipe).astype(np.float32) for n, v in heads.items()}
         path = Path(aside, "part.onnx")
         onnx.save_model(model, path, save_as_external_data=True, location="data", size_threshold=1024)
-        session = _session(path)
+        session = cpu_session(path)
         given = {value.name: (feeds | heads)[value.name] for value in session.get_inputs()}
         found = dict(zip(wanted, session.run(list(wanted), given), strict=True))
     errors = {name: golden.relative_errors(found[name], value)[1] for name, value in wanted.items()}
@@ -223,15 +235,3 @@ def check_golden(recipe: Recipe, onnx_folder: Path, part: Part, config: ModelCon
             f"{part.name}.{worst} in {recipe.precision} differs by {errors[worst]:.2e} RMS (limit {limit})"
         )
     return errors
-
-
-def _last_row(masses: np.ndarray, feeds: Tensors) -> np.ndarray:  # type: ignore[type-arg]
-    """[B, layers, H, S, G] to those of each sequence's last row, [B, layers, H, 1, G]."""
-    rows = feeds["key_length"].astype(int) - 1 - feeds["position"][:, 0].astype(int)
-    return np.stack([masses[i, :, :, row : row + 1] for i, row in enumerate(rows)])
-
-
-def _session(path: Path) -> ort.InferenceSession:
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

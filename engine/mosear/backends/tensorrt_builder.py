@@ -87,6 +87,7 @@ class Built:
     version: str
     inputs: dict[str, list[object]]  # name: type and shape
     outputs: dict[str, list[object]]
+    profiles: tuple[Mapping[str, Range], ...]
     plan: Plan
     read_back: dict[str, object]  # what the plan says of itself, where there is a GPU to ask it
 
@@ -117,7 +118,9 @@ def build_plan(job: Job, say: Say) -> Built:
         job.plan.unlink(missing_ok=True)
         raise
     told.built.pop("built")
-    return Built(seconds=time.monotonic() - started, plan=plan, read_back=read_back, **told.built)  # type: ignore[arg-type]  # from JSON
+    return Built(
+        seconds=time.monotonic() - started, profiles=job.profiles, plan=plan, read_back=read_back, **told.built
+    )  # type: ignore[arg-type]  # from JSON
 
 
 def _run(job: Job, say: Say) -> tuple[_Told, int, str]:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mosear.backends.onnxruntime_cpu import check
-from mosear.backends.tensorrt_plans import KINDS, Plan
+from mosear.backends.tensorrt_plans import KINDS, Plan, to_plan
 from mosear.config import ModelConfig, Route
 from mosear.contract import Part, Tensors
 from mosear.errors import EngineError
@@ -74,6 +74,16 @@ class PlanDecoder:
             if "gate_state_out" in found:
                 tensors = {**tensors, "gate_state": found["gate_state_out"]}
         return found
+
+    def write(self, cache: Tensors) -> None:
+        """Fill the first positions of each row: [rows, K, positions, D] by the contract's names."""
+        kinds = self.plan.kinds
+        for name, value in cache.items():
+            _, heads, length, width = value.shape
+            whole = np.zeros((self.batch, heads, self.slots, width), KINDS[kinds[name]])
+            whole[: len(value), :, :length] = to_plan(value, kinds[name])
+            self.plan.driver.upload(self.cache[name], whole)
+            self.plan.driver.wait()
 
     def move(self, source: int, target: int, length: int) -> None:
         for (
