@@ -33,8 +33,8 @@ def build(recipe: Recipe, root: Path, checkpoint: Path | None, report: Report, *
     from mosear_export import build, build_tensorrt
 
     exported = _export(root, checkpoint, demo, report, hash_of)
-    stage = build_tensorrt if recipe.target in ON_TENSORRT else build
-    return stage.build_engine(recipe, exported, root / "engines", report, hash_of=hash_of)
+    build_engine = build_tensorrt.build_engine if recipe.target in ON_TENSORRT else build.build_engine
+    return build_engine(recipe, exported, root / "engines", report, hash_of=hash_of)
 
 
 def fresh_engine(

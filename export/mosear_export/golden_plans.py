@@ -46,12 +46,12 @@ def _decoder(backend: TensorRTBackend, onnx_folder: Path, part: Part, feeds: Ten
     cached = {name for name, _ in part.state}
     cache = {name: value for name, value in feeds.items() if name in cached}
     call = {name: value for name, value in feeds.items() if name not in cached}
-    call["first_row"] = (call["key_length"] - 1).astype(np.int32)
+    call["first_row"] = call["key_length"].astype(np.int32) - 1
     row = call | {name: call[name][:, :1] for name in BY_ROW}
-    row["key_length"] = (row["position"][:, 0] + 1).astype(np.int32)
+    row["key_length"] = row["position"][:, 0].astype(np.int32) + 1
     row |= {"first_row": row["position"][:, 0].copy(), "logit_row": np.zeros_like(row["position"])}
     reference, heads = export_session(onnx_folder), load_heads(onnx_folder / HEADS)
-    errors = {}
+    errors: dict[str, float] = {}
     for profile, given in (("prefill", call), ("decode", row)):
         state = backend.start(batch=len(row["position"]), capacity=call["key_group"].shape[1])
         state.write(cache)

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from mosear.backends.tensorrt_load import INSTALL, unusable
 from mosear.backends.tensorrt_plan import Plan, inspected_plan, read_plan
@@ -118,9 +119,9 @@ def build_plan(job: Job, say: Say) -> Built:
         job.plan.unlink(missing_ok=True)
         raise
     told.built.pop("built")
-    return Built(
-        seconds=time.monotonic() - started, profiles=job.profiles, plan=plan, read_back=read_back, **told.built
-    )  # type: ignore[arg-type]  # from JSON
+    facts: dict[str, Any] = told.built  # from JSON
+    seconds = time.monotonic() - started
+    return Built(seconds=seconds, profiles=job.profiles, plan=plan, read_back=read_back, **facts)
 
 
 def _run(job: Job, say: Say) -> tuple[_Told, int, str]:

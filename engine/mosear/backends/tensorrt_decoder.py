@@ -4,19 +4,20 @@ A plan has a prefill profile and one for a single row. Where its reallocation is
 operators), rows at or after `first_row` enter one by one; else only the profile's rows and batch cut a call.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mosear.backends.onnxruntime_cpu import check
-from mosear.backends.tensorrt_plans import KINDS, Plan, to_plan
+from mosear.backends.tensorrt_plans import KINDS, Array, Plan, to_plan
 from mosear.config import ModelConfig, Route
 from mosear.contract import Part, Tensors
 from mosear.errors import EngineError
 
 PREFILL, DECODE = 0, 1
+Call = Mapping[str, Array]  # the contract's inputs without cache and heads
 BY_ROW = ("hidden", "position", "group")  # inputs with an axis S
 
 
@@ -126,7 +127,7 @@ class PlanDecoder:
             made[name] = np.broadcast_to(np.zeros((), kinds[name].dtype.numpy), shape)
         return made
 
-    def _pieces(self, tensors: Tensors) -> Iterator[Piece]:
+    def _pieces(self, tensors: Call) -> Iterator[Piece]:
         position, rows = tensors["position"], tensors["position"].shape[1]
         together = rows
         if self.last_row_alone:
@@ -138,7 +139,7 @@ class PlanDecoder:
         for at in range(together, rows):
             yield Piece(start=at, stop=at + 1)
 
-    def _run(self, tensors: Tensors, piece: Piece, profile: int, first: int) -> Tensors:
+    def _run(self, tensors: Call, piece: Piece, profile: int, first: int) -> Tensors:
         """One call of the plan, on cache rows from `first` on."""
         live = (tensors["position"] >= 0).sum(1)  # [B]
         late = live <= piece.start  # sequences that have no row here do their last one again: it writes what is there
@@ -162,7 +163,7 @@ class PlanDecoder:
             {n: v for n, v in given.items() if n in self.plan.inputs}, profile=profile, held=held, shapes=shapes
         )
 
-    def _wanted(self, tensors: Tensors, piece: Piece) -> NDArray[np.int32]:
+    def _wanted(self, tensors: Call, piece: Piece) -> NDArray[np.int32]:
         """Rows of the piece whose logits are fetched, the same number for each sequence: at least one."""
         wanted = tensors["logit_row"]
         here = (wanted >= piece.start) & (wanted < piece.stop)
@@ -174,9 +175,7 @@ class PlanDecoder:
             rows[b, : chosen.sum()] = wanted[b, chosen] - piece.start
         return rows
 
-    def _place(
-        self, found: Tensors, whole: Tensors, part: Tensors, piece: Piece, block: slice, outputs: Tensors
-    ) -> None:
+    def _place(self, found: Tensors, whole: Call, part: Call, piece: Piece, block: slice, outputs: Tensors) -> None:
         """Put a call's outputs where they belong in those of the whole step."""
         batch, rows = whole["position"].shape
         live = (part["position"] >= 0).sum(1)

@@ -1,5 +1,6 @@
 """Is a TensorRT engine right for this machine? Asked before a plan is read: version, chip, hashes; each with its mend."""
 
+import contextlib
 import ctypes
 import importlib.metadata
 import importlib.util
@@ -13,11 +14,10 @@ from mosear.errors import EngineError
 
 LIBRARY_PACKAGES = {"tensorrt": "tensorrt_libs"}  # a package of its own brings the library
 INSTALL = {"tensorrt_rtx": "pip install 'mosear-engine[rtx]'", "tensorrt": "pip install 'mosear-engine[tensorrt]'"}
-PACKAGES = {"tensorrt_rtx": "tensorrt_rtx_cu13", "tensorrt": "tensorrt"}
-_MAJOR, _MINOR, _MULTIPROCESSORS = 75, 76, 16  # of cuDeviceGetAttribute; the first two: compute capability
-
-
+# Packages that bring a module, one of them is there: of either CUDA, or the one that asks for the newest.
+PACKAGES = {module: tuple(f"{module.replace('_', '-')}{cuda}" for cuda in ("-cu13", "-cu12", "")) for module in INSTALL}
 AMPERE = (8, 0)
+_MAJOR, _MINOR, _MULTIPROCESSORS = 75, 76, 16  # of cuDeviceGetAttribute; the first two: compute capability
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,10 +31,10 @@ class Device:
 
 def installed_version(module: str) -> str | None:
     """The version of a TensorRT's Python package; its library may be missing all the same (`unusable`)."""
-    try:
-        return importlib.metadata.version(PACKAGES[module])
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    for package in PACKAGES[module]:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(package)
+    return None
 
 
 def unusable(module: str) -> str:

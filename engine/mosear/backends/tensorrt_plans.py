@@ -19,14 +19,15 @@ log = logging.getLogger(__name__)
 
 BINDINGS = 24  # kept at most, as on the CPU
 # Element types by TensorRT's names; of bf16, which numpy has not, the bits.
-KINDS = {
+KINDS: dict[str, np.dtype[Any]] = {
     "FLOAT": np.dtype(np.float32), "HALF": np.dtype(np.float16), "BF16": np.dtype(np.uint16), "INT32": np.dtype(np.int32),
     "INT64": np.dtype(np.int64), "UINT8": np.dtype(np.uint8), "INT8": np.dtype(np.int8), "BOOL": np.dtype(np.bool_),
 }  # fmt: skip
+Array = NDArray[Any]  # of any element type
 Trt = Any  # the module tensorrt or tensorrt_rtx, and what it gives: no types
 
 
-def to_plan(value: NDArray[np.generic], kind: str) -> NDArray[np.generic]:
+def to_plan(value: Array, kind: str) -> Array:
     """An array in a plan's element type: numbers of fp32 rounded to fp16 or bf16 (to nearest, ties to even)."""
     if kind != "BF16":
         return value.astype(KINDS[kind], copy=False)
@@ -34,7 +35,7 @@ def to_plan(value: NDArray[np.generic], kind: str) -> NDArray[np.generic]:
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
 
-def from_plan(value: NDArray[np.generic], kind: str) -> NDArray[np.generic]:
+def from_plan(value: Array, kind: str) -> Array:
     """The same back: 16-bit numbers as fp32, others as they are."""
     if kind == "BF16":
         return (value.astype(np.uint32) << 16).view(np.float32)
@@ -48,7 +49,7 @@ def open_runtime(module: str) -> tuple[Trt, Trt]:
     except ImportError as error:
         raise EngineError(f"{module} cannot be loaded: {error}") from error
 
-    class Logger(trt.ILogger):  # type: ignore[misc]
+    class Logger(trt.ILogger):  # type: ignore[misc, name-defined]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
 
@@ -103,7 +104,7 @@ class Plan:
 
     def run(
         self,
-        tensors: Mapping[str, NDArray[np.generic]],
+        tensors: Mapping[str, Array],
         *,
         profile: int = 0,
         held: Mapping[str, int] | None = None,
