@@ -13,8 +13,8 @@ ROOT = Path(__file__).parents[1]
 ENGINE, EXPORT = ROOT / "engine" / "mosear", ROOT / "export" / "mosear_export"
 # Each may import itself and what stands before it.
 RANKS = (
-    ("errors", "config", "contract", "recipe"),
-    ("artifacts", "hashes"),
+    ("errors", "hashes", "config", "contract", "recipe"),
+    ("artifacts",),
     ("backends",),
     ("runtime",),
     ("engine",),
@@ -22,7 +22,7 @@ RANKS = (
     ("ask", "doctor"),
     ("cli",),
 )
-BASE = {"errors": (), "config": ("errors",), "contract": ("config",), "recipe": ("config", "errors")}
+BASE = {"errors": (), "hashes": (), "config": ("errors",), "contract": ("config",), "recipe": ("config", "errors")}
 HEAVY = ("torch", "onnx", "onnxscript", "transformers", "triton", "mosear_export", "mosear.kernels")
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
+from numpy.typing import NDArray
 
 from mosear.backends.cuda_driver import Driver
 from mosear.backends.onnxruntime_cpu import PROVIDER as CPU
@@ -22,6 +23,7 @@ from mosear.recipe import Provider
 
 log = logging.getLogger(__name__)
 
+DEVICE = "cuda"
 CUDA, TENSORRT = "CUDAExecutionProvider", "TensorrtExecutionProvider"
 # Of each choice, the providers in their order and what each is told. The first one must take the graph.
 PROVIDERS: dict[Provider, tuple[tuple[str, dict[str, str]], ...]] = {
@@ -78,10 +80,15 @@ def _left_to_cpu(session: Any) -> list[str]:  # Any: a session, and what an olde
     return [f"{count} {name}" for name, count in counts.most_common()]
 
 
+def on_gpu(value: NDArray[np.generic]) -> ort.OrtValue:
+    """A copy in the GPU's memory."""
+    return ort.OrtValue.ortvalue_from_numpy(value, DEVICE, 0)
+
+
 class OnnxRuntimeCudaBackend:
     """Sessions for every part in a folder of graphs."""
 
-    device = "cuda"
+    device = DEVICE
 
     def __init__(
         self, folder: Path, config: ModelConfig, *, heads: Tensors, provider: Provider, names: Collection[str] = ()
@@ -91,7 +98,7 @@ class OnnxRuntimeCudaBackend:
         self.parts = {name: part for name, part in parts(config).items() if not names or name in names}
         self.sessions = {name: open_session(folder / f"{name}.onnx", provider) for name in self.parts}
         self.driver = Driver()
-        self.heads = {name: ort.OrtValue.ortvalue_from_numpy(value, "cuda", 0) for name, value in heads.items()}
+        self.heads = {name: on_gpu(value) for name, value in heads.items()}
 
     def run(self, part: str, tensors: Tensors) -> Tensors:
         spec = self.parts[part]
@@ -137,8 +144,8 @@ class CudaDecoder:
             binding.bind_ortvalue_input(name, value)
         for name, address in self.cache.items():
             at = address + first * self.row_bytes
-            binding.bind_input(name, "cuda", 0, np.float32, shape, at)
-            binding.bind_output(self.state[name], "cuda", 0, np.float32, shape, at)
+            binding.bind_input(name, DEVICE, 0, np.float32, shape, at)
+            binding.bind_output(self.state[name], DEVICE, 0, np.float32, shape, at)
         wanted = [spec.name for spec in self.spec.outputs if spec.name not in self.state.values()]
         for name in wanted:
             binding.bind_output(name, "cpu")
