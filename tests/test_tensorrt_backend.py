@@ -153,7 +153,7 @@ def test_a_call_gives_what_the_cpu_gives(loaded: Loaded, rows: int, lengths: lis
     ours, theirs = (b.start(batch=3, capacity=64) for b in (loaded.backend, loaded.engine.backend))
     first = np.array(first_row, np.int32)
     tensors = call(loaded.config, batch=3, rows=rows, capacity=64, lengths=lengths) | {"first_row": first}
-    tensors["logit_row"] = np.tile(np.arange(rows, dtype=np.int32), (3, 1))[:, -8:]
+    tensors["logit_row"] = np.tile(np.arange(rows, dtype=np.int32), (3, 1))[:, -9:]
     wanted = theirs.step(tensors)
     found = ours.step(tensors)
     last = tensors | {"position": np.take_along_axis(tensors["position"], tensors["logit_row"], 1)}

@@ -73,6 +73,8 @@ class Narrow:
                 self.custom(node)
             elif self.is_product(node):
                 self.product(node)
+            elif node.op_type == "Shape" and node.input[0] not in self.weights:
+                self.size(node)
             elif node.op_type in VIEWS and node.input[0] in self.made and node.input[0] not in self.weights:
                 self.view(node)
             else:
@@ -119,6 +121,12 @@ class Narrow:
             if self.emulate:
                 node.output[at] = f"{name}.exact"
                 self.nodes += self.round(node.output[at], self.made[name])
+
+    def size(self, node: NodeProto) -> None:
+        """The shape of a tensor is the same in any type."""
+        node.input[0] = self.made.get(node.input[0], node.input[0])
+        self.wide.update(node.output)
+        self.nodes.append(node)
 
     def view(self, node: NodeProto) -> None:
         """What moves numbers and computes nothing moves them in 16 bits."""

@@ -133,9 +133,13 @@ class PlanDecoder:
         if self.last_row_alone:
             reallocated = int((tensors["first_row"] - position[:, 0]).min())  # first column that may be reallocated
             together = min(rows, max(0, reallocated) + 1)
-        most = self.most[PREFILL][1]
-        for at in range(0, together, most):
-            yield Piece(start=at, stop=min(at + most, together))
+        at = 0
+        while at < together:
+            stop = min(at + self.most[PREFILL][1], together)
+            while _wanted_in(tensors["logit_row"], at, stop).sum(1).max() > self.most_wanted:
+                stop -= 1
+            yield Piece(start=at, stop=stop)
+            at = stop
         for at in range(together, rows):
             yield Piece(start=at, stop=at + 1)
 
@@ -166,10 +170,8 @@ class PlanDecoder:
     def _wanted(self, tensors: Call, piece: Piece) -> NDArray[np.int32]:
         """Rows of the piece whose logits are fetched, the same number for each sequence: at least one."""
         wanted = tensors["logit_row"]
-        here = (wanted >= piece.start) & (wanted < piece.stop)
+        here = _wanted_in(wanted, piece.start, piece.stop)
         count = max(1, int(here.sum(1).max()))
-        if count > self.most_wanted:
-            raise EngineError(f"logits of {count} rows are wanted in one call, the plan gives {self.most_wanted}")
         rows = np.zeros((len(wanted), count), np.int32)
         for b, chosen in enumerate(here):
             rows[b, : chosen.sum()] = wanted[b, chosen] - piece.start
@@ -181,7 +183,7 @@ class PlanDecoder:
         live = (part["position"] >= 0).sum(1)
         stop = np.minimum(piece.stop, live)  # [B]
         wanted = part["logit_row"]
-        here = (wanted >= piece.start) & (wanted < piece.stop)
+        here = _wanted_in(wanted, piece.start, piece.stop)
         for name, value in outputs.items():
             if name == "gate_state_out":
                 _into(found, name, (batch, *value.shape[1:]))[block] = value
@@ -201,6 +203,12 @@ class PlanDecoder:
                 for b, end in enumerate(stop):
                     if end > piece.start:
                         target[b, :, :, end - 1] = value[b, :, :, 0]
+
+
+def _wanted_in(wanted: Array, start: int, stop: int) -> NDArray[np.bool_]:
+    """Which of the rows whose logits are wanted lie in these columns, [B, Q]."""
+    found: NDArray[np.bool_] = (wanted >= start) & (wanted < stop)
+    return found
 
 
 def _into(found: Tensors, name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
