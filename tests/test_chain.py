@@ -1,13 +1,17 @@
 """Nothing changed: nothing built, nothing heavy imported, no weight read. Altered: noticed, and made again."""
 
+import errno
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import onnx
 import pytest
 from toy_engine import RECIPE, Folders, build
 
+from mosear.errors import EngineError
 from mosear.hashes import HashMemory, file_hash
 from mosear_export import chain
 
@@ -88,3 +92,17 @@ def test_a_missing_folder_is_not_fresh(missing: str, toy: Folders) -> None:
         assert fresh(toy) is None
     finally:
         aside.rename(folder)
+
+
+@pytest.mark.parametrize("full_at", ["copy", "save_model"])
+def test_a_full_disk_is_named_and_leaves_nothing(
+    full_at: str, toy: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(shutil if full_at == "copy" else onnx, full_at, full)
+    monkeypatch.setattr(chain, "_export", lambda *_: toy.onnx)
+    with pytest.raises(EngineError, match=r"cannot be written below .*No space left.*MB are free.*--out"):
+        chain.build(RECIPE, tmp_path, toy.checkpoint, print, hash_of=file_hash)
+    assert list((tmp_path / "engines").iterdir()) == []

@@ -1,8 +1,13 @@
 """A toy's whole engine for TensorRT-RTX: what is fused, what is rebuilt when, and what a dry run says."""
 
+import contextlib
 import dataclasses
 import json
+import os
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -263,3 +268,37 @@ def test_a_plan_that_is_not_what_was_built_is_refused_where_it_is_served(engine:
     (folder / "plan.json").unlink()
     with pytest.raises(EngineError, match="holds no plan and its notes"):
         PlanModel(config, folder)
+
+
+def test_a_killed_build_leaves_no_engine_and_no_builder(onnx_folder: Path, tmp_path: Path) -> None:
+    """Killed while the builder's process compiles: that one ends too, and nothing stands where an engine would."""
+    root = Path(__file__).parents[1]
+    script = (
+        f"import sys\nsys.path[:0] = {[str(root / name) for name in ('engine', 'export', 'tests')]!r}\n"
+        "from pathlib import Path\nfrom test_tensorrt_engine import RECIPE\n"
+        "from mosear_export.build_tensorrt import build_engine\n"
+        f"build_engine(RECIPE, Path({str(onnx_folder)!r}), Path({str(tmp_path)!r}), lambda line: print(line, flush=True))\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(root / "engine")}
+    command = [sys.executable, "-c", script]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as build:
+        assert build.stdout is not None
+        for line in build.stdout:
+            if "compiling kernels" in line:
+                break
+        build.kill()
+    end = time.monotonic() + 20
+    while builders(tmp_path):
+        assert time.monotonic() < end, "the builder goes on"
+        time.sleep(0.1)
+    assert not [path for path in tmp_path.iterdir() if not path.name.startswith(".") and path.name != "plans"]
+    assert not list(tmp_path.glob("plans/[!.]*"))
+
+
+def builders(folder: Path) -> list[str]:
+    """Command lines of running builders that work below a folder."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            found.append(path.read_bytes().replace(b"\0", b" ").decode(errors="replace"))
+    return [line for line in found if "tensorrt_child" in line and str(folder) in line]

@@ -1,7 +1,9 @@
 """The whole chain, checkpoint to engine. Whether all is there already is answered before anything heavy is imported."""
 
 import contextlib
-from collections.abc import Callable
+import errno
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from mosear.artifacts import CHECKPOINT, ENGINE, ONNX, Manifest, existing
@@ -21,7 +23,23 @@ def hashes(root: Path, *, verify: bool) -> contextlib.AbstractContextManager[Has
 
 def export(root: Path, checkpoint: Path | None, report: Report, *, hash_of: HashOf) -> Path:
     """The exported model below `root`, of a checkpoint folder or (none named) of the demo's; made where it is not fresh."""
-    return _export(root, checkpoint, _demo(checkpoint, report, hash_of), report, hash_of)
+    with written(root):
+        return _export(root, checkpoint, _demo(checkpoint, report, hash_of), report, hash_of)
+
+
+@contextlib.contextmanager
+def written(root: Path) -> Iterator[None]:
+    """Raises EngineError where the disk is full, or something there may not be written. What was begun is gone."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            raise
+        free = shutil.disk_usage(root).free >> 20 if root.exists() else 0
+        raise EngineError(
+            f"the build cannot be written below {root} ({error.strerror}; {free} MB are free): free some space there, or name "
+            "another folder with --out"
+        ) from error
 
 
 def build(recipe: Recipe, root: Path, checkpoint: Path | None, report: Report, *, hash_of: HashOf) -> Path:
@@ -32,9 +50,10 @@ def build(recipe: Recipe, root: Path, checkpoint: Path | None, report: Report, *
         return found
     from mosear_export import build, build_tensorrt
 
-    exported = _export(root, checkpoint, demo, report, hash_of)
-    build_engine = build_tensorrt.build_engine if recipe.target in ON_TENSORRT else build.build_engine
-    return build_engine(recipe, exported, root / "engines", report, hash_of=hash_of)
+    with written(root):
+        exported = _export(root, checkpoint, demo, report, hash_of)
+        build_engine = build_tensorrt.build_engine if recipe.target in ON_TENSORRT else build.build_engine
+        return build_engine(recipe, exported, root / "engines", report, hash_of=hash_of)
 
 
 def fresh_engine(

@@ -5,15 +5,18 @@ same process. The job is a JSON file; what happens is told on standard output, a
 `progress` (phase, step, steps), at the end `built` or `refused`. Written against what tensorrt 10, 11 and tensorrt_rtx share.
 """
 
+import ctypes
 import importlib
 import json
 import os
 import resource
+import signal
 import sys
 from pathlib import Path
 from typing import Any
 
 Trt = Any  # the module tensorrt or tensorrt_rtx: neither has types
+PR_SET_PDEATHSIG = 1
 CPU_ONLY_NOISE = ("cudaError 35", "has Int64 binding", "Cuda Runtime (")  # said of every build without a driver
 
 
@@ -198,4 +201,5 @@ def _stream(trt: Trt, file: Any, failed: list[str]) -> Trt:  # Any: a binary fil
 
 
 if __name__ == "__main__":
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a build that was killed goes on building nothing
     sys.exit(build(json.loads(Path(sys.argv[1]).read_text())))
