@@ -18,12 +18,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
-from mosear.artifacts import CONFIG
+from mosear.artifacts import CONFIG, HEADS
 from mosear.config import ARConfig, BackboneConfig, FaceConfig, ModelConfig, MoSEConfig, SceneConfig, VoiceConfig
 from mosear.contract import DECODER, parts
 from mosear.recipe import Recipe
+from mosear_export import build_tensorrt
 from mosear_export.demo.assemble import LABELS, PROMPT
 from mosear_export.model.decoder import Decoder, zero_heads
 from mosear_export.model.whole import ReferenceModel
@@ -44,21 +46,22 @@ def main() -> None:
     options.add_argument("folder", type=Path)
     options.add_argument("--layers", type=int, default=LLAMA.layers)
     options.add_argument("--memory-mb", type=int, default=16384, help="that this process may allocate")
+    options.add_argument("--build", action="store_true", help="build the decoder's plan by TensorRT-RTX too")
     options.add_argument("--output", type=Path, help="JSON file for the result")
     given = options.parse_args()
     bound = given.memory_mb << 20
     resource.setrlimit(resource.RLIMIT_DATA, (bound, bound))
     given.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=given.folder) as aside:
-        found = json.dumps(measure(Path(aside), given.layers), indent=2)
+        found = json.dumps(measure(Path(aside), given.layers, build=given.build), indent=2)
     print(found)
     if given.output:
         given.output.parent.mkdir(parents=True, exist_ok=True)
         given.output.write_text(found + "\n")
 
 
-def measure(folder: Path, layers: int) -> dict[str, object]:
-    """Export every part into `folder`, draw the decoder's weights, ask the preflight."""
+def measure(folder: Path, layers: int, *, build: bool) -> dict[str, object]:
+    """Export every part into `folder`, draw the decoder's weights, ask the preflight; then `build` the decoder's plan."""
     config = shape(layers)
     started = time.monotonic()
     model = mapped_model(config, folder / "parameters")
@@ -71,11 +74,29 @@ def measure(folder: Path, layers: int) -> dict[str, object]:
     findings = [str(finding) for finding in preflight(Recipe.load(RECIPE), folder)]
     for finding in findings:
         print(finding)
-    return {
+    result: dict[str, object] = {
         "layers": layers, "parameters": sum(p.numel() for p in model.decoder.parameters()),
         "weights_bytes": numbers * 4, "export_seconds": round(exported), "seconds": round(time.monotonic() - started),
         "peak_resident_mb": peak_mb(), "of_it_not_files_mb": anonymous_mb(), "preflight": findings,
         "build_mb_computed": memory_mb(config), "free_disk_gb": shutil.disk_usage(folder).free >> 30,
+    }  # fmt: skip
+    if build:
+        save_file(model.heads, folder / HEADS)
+        result["build"] = built(folder, config)
+    return result
+
+
+def built(folder: Path, config: ModelConfig) -> dict[str, object]:
+    """The decoder's plan for one chip: seconds, memory of the builder's process, bytes."""
+    recipe = Recipe.load(RECIPE)
+    plans = dataclasses.replace(recipe.plans, compute_capabilities=("8.9",), builder_memory_mb=memory_mb(config) * 2)
+    recipe = dataclasses.replace(recipe, tensorrt=plans)
+    plan = folder / "plan" / f"{DECODER}.plan"
+    made = build_tensorrt.compile_part(recipe, folder, parts(config)[DECODER], config, plan, print)
+    fused = [program.fused_attentions for program in made.plan.programs]
+    return {
+        "seconds": round(made.seconds), "memory_mb": round(made.memory_mb), "bytes": made.plan.size,
+        "fused_attentions": fused, "peak_resident_mb_of_the_preparation": peak_mb(),
     }  # fmt: skip
 
 
