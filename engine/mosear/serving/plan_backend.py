@@ -67,7 +67,7 @@ class PlanModel(Batching):
             raise EngineError(
                 f"{self.name}: {name} is {kind} in the plan, the configuration says {tensor['data_type']}"
             )
-        shown = tensor.get("reshape", {}).get("shape", tensor["dims"]) if "reshape" in tensor else tensor["dims"]
+        shown = tensor["reshape"].get("shape", []) if "reshape" in tensor else tensor["dims"]
         dims = [int(dim) for dim in shown]
         wanted = shape[1:] if self.batched else shape
         fits = len(dims) == len(wanted) and all(dim in (size, -1) or size == -1 for dim, size in zip(dims, wanted))
