@@ -9,11 +9,16 @@ from pathlib import Path
 
 import onnx
 import pytest
+from safetensors.numpy import load_file, save_file
 from toy_engine import RECIPE, Folders, build
 
+from mosear.config import ModelConfig
+from mosear.contract import Part, parts
 from mosear.errors import EngineError
 from mosear.hashes import HashMemory, file_hash
-from mosear_export import chain
+from mosear_export import chain, export, to_onnx
+from mosear_export.checkpoint import seal
+from mosear_export.model.whole import ReferenceModel
 
 ROOT = Path(__file__).parents[1]
 HEAVY = ("torch", "onnx", "onnxruntime", "onnxscript", "gguf", "triton")
@@ -106,3 +111,33 @@ def test_a_full_disk_is_named_and_leaves_nothing(
     with pytest.raises(EngineError, match=r"cannot be written below .*No space left.*MB are free.*--out"):
         chain.build(RECIPE, tmp_path, toy.checkpoint, print, hash_of=file_hash)
     assert list((tmp_path / "engines").iterdir()) == []
+
+
+def test_a_changed_expert_exports_no_graph(toy: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The graphs stay, as the same files; golden outputs and heads are new. A changed projector is a graph of its own."""
+    changed = shutil.copytree(toy.checkpoint, tmp_path / "checkpoint")
+    values = load_file(changed / "heads.safetensors")
+    expert = next(name for name in values if name.endswith("q_proj.b"))
+    save_file(values | {expert: values[expert] * 2}, changed / "heads.safetensors")
+    seal(changed)
+    exported: list[str] = []
+
+    def export_part(model: ReferenceModel, part: Part, path: Path) -> None:
+        exported.append(part.name)
+        to_onnx.export_part(model, part, path)
+
+    monkeypatch.setattr(export, "export_part", export_part)
+    other = export.export_checkpoint(changed, toy.onnx.parent, print)
+    assert exported == [] and other != toy.onnx
+    for name in (f"{part}.onnx" for part in parts(ModelConfig.load(other / "config.json"))):
+        assert (other / name).samefile(toy.onnx / name)
+    assert not same(other, toy.onnx, "golden/decoder.safetensors") and not same(other, toy.onnx, "heads.safetensors")
+    projector = next(name for name in values if name.startswith("face_projector.") and values[name].any())
+    save_file(values | {projector: values[projector] * 2}, changed / "heads.safetensors")
+    seal(changed)
+    export.export_checkpoint(changed, toy.onnx.parent, print)
+    assert exported == ["face_projector"]
+
+
+def same(a: Path, b: Path, name: str) -> bool:
+    return (a / name).read_bytes() == (b / name).read_bytes()

@@ -12,7 +12,7 @@ import mosear
 from mosear.artifacts import CONFIG, HEADS, Manifest
 from mosear.backends.tensorrt_builder import MODULES
 from mosear.backends.tensorrt_load import installed_version
-from mosear.contract import DECODER
+from mosear.contract import DECODER, EMBEDDING
 from mosear.hashes import HashOf, file_hash
 from mosear.recipe import Heads, Mechanisms, Recipe, Target
 
@@ -40,6 +40,13 @@ def onnx_inputs(checkpoint: dict[str, str]) -> dict[str, object]:
     model = sorted(str(path.relative_to(EXPORT)) for path in (EXPORT / "model").glob("*.py"))
     versions = {name: _version(name) for name in ("torch", "onnx", "onnxscript")}
     return {"checkpoint": checkpoint, "code": _hashes(EXPORT, (*GRAPH_CODE, *model)), **versions}
+
+
+def exported_inputs(part: str, checkpoint: dict[str, str], tensors: str) -> dict[str, object]:
+    """Of one part's graph. `tensors`: hash of its constants, where they share a file with what is no constant of it."""
+    file = {DECODER: "backbone", EMBEDDING: "backbone"}.get(part, part)
+    kept = {name: digest for name, digest in checkpoint.items() if name in (f"{file}.safetensors", CONFIG)}
+    return onnx_inputs(checkpoint) | {"checkpoint": kept, "part": part, "tensors": tensors}
 
 
 def engine_inputs(recipe: Recipe, source: Manifest) -> dict[str, object]:

@@ -8,14 +8,21 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import bindings
 import numpy as np
 import pytest
 
-from mosear.artifacts import file_hash
+from mosear.artifacts import Draft
+from mosear.backends.tensorrt_builder import Built
+from mosear.backends.tensorrt_plan import Plan
+from mosear.hashes import file_hash
 from mosear.kernels.chips import chip_of
 from mosear.kernels.reallocated_attention.decode_launches import TABLE, splits_for
+from mosear.recipe import Target
+from mosear_export import build_tensorrt
 from mosear_export.kernels import export_kernels
 
 ROOT, VERSION = Path(__file__).parents[2], "10.14.1"  # of the headers, and of the stand-in for the library
@@ -80,9 +87,15 @@ def test_plugin_links_none_of_tensorrts_libraries(built: Path) -> None:
     assert "libmosear_kernels.so" in found.stdout and "nvinfer" not in found.stdout
 
 
-def described(version: str, *chips: str, module: str = "tensorrt") -> dict[str, object]:
-    """What `mosear build` notes of a plan, as far as the runner reads it."""
-    return {"module": module, "version": version, "compute_capabilities": list(chips)}
+def described(version: str, *chips: str, target: Target = Target.TENSORRT) -> dict[str, object]:
+    """What `mosear build` notes of a plan."""
+    plan, draft = Plan(chips=chips, size=1280, programs=()), Draft(folder=Path(), notes={})
+    built = Built(seconds=1, memory_mb=1, version=version, inputs={}, outputs={}, profiles=(), plan=plan, read_back={})
+    asked: Any = SimpleNamespace(
+        target=target, plans=SimpleNamespace(compute_capabilities=chips)
+    )  # as far as it is read
+    build_tensorrt._describe(draft, built, asked)
+    return draft.notes
 
 
 class EngineDir:
@@ -132,7 +145,7 @@ def test_a_foreign_plan_is_refused(built: Path, engine: EngineDir, tmp_path: Pat
     engine.manifest["kind"] = "onnx"
     assert "manifest.json holds 'onnx', not an engine of format 1" in engine.run(built)
     engine.manifest["kind"] = kept
-    engine.manifest["notes"] = {"plans": {"decoder.plan": described("1.7.1.116", "9.0", module="tensorrt_rtx")}}
+    engine.manifest["notes"] = {"plans": {"decoder.plan": described("1.7.1.116", "9.0", target=Target.TENSORRT_RTX)}}
     assert "decoder.plan is a plan of tensorrt_rtx, not of tensorrt" in engine.run(built)
     engine.manifest["files"] = {}
     assert "manifest.json does not describe decoder.plan" in engine.run(built)
