@@ -27,7 +27,7 @@ int cuStreamSynchronize(void *stream) { return current && stream == (void *)&cou
 int cuMemAlloc_v2(uint64_t *address, size_t size) {
   if (!current) return 201;
   if (size > (size_t)8 << 30 || count == MOST) return 2;
-  known[count].start = malloc(size);
+  known[count].start = aligned_alloc(256, (size + 255) / 256 * 256);
   memset(known[count].start, 0xff, size); /* not a number, until something is written */
   known[count].size = size;
   *address = (uint64_t)known[count++].start;

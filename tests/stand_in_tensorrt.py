@@ -82,7 +82,7 @@ class Context:
         for name in engine.names:
             shape, dtype = self.get_tensor_shape(name), KINDS[engine.kinds[name]]
             size = dtype.itemsize * int(np.prod(shape, dtype=np.int64))
-            assert self.addresses[name] % 16 == 0, f"{name} is not aligned"
+            assert self.addresses[name] % 256 == 0, f"{name} is not aligned"
             raw = (ctypes.c_char * size).from_address(self.addresses[name])
             memory[name] = np.frombuffer(raw, dtype).reshape(shape)
         feeds = {}

@@ -244,8 +244,8 @@ def test_a_mistake_in_a_recipe_is_named(text: str, message: str, tmp_path: Path)
         ("precision = 'fp8'", "fp8, which compute capability 8.6 does not have: leave it out"),
         ("precision = 'int4'", "block is 32; int4 on TensorRT takes blocks of 128"),
         (
-            "[tensorrt]\ncapacity = 1000",
-            r"limits.prompt_tokens \+ limits.new_tokens is 1280, above tensorrt.capacity 1000",
+            "[tensorrt]\ncapacity = 1024",
+            r"limits.prompt_tokens \+ limits.new_tokens is 1280, above tensorrt.capacity 1024",
         ),
         ("[tensorrt]\nprefill_rows = 2000", r"tensorrt.prefill_rows is 2000: a call cannot hold more rows"),
         ("[tensorrt]\nprefill_batch = 1", "are 1 and 8: they must be 2 or more"),
@@ -260,6 +260,7 @@ def test_a_mistake_in_a_recipe_is_named(text: str, message: str, tmp_path: Path)
         ),
         ("[tensorrt]\ncompute_capabilities = ['8.6', '8.6']", "name at least one, and each once"),
         ("[tensorrt]\ncompute_capabilities = []", "name at least one"),
+        ("[tensorrt]\ncapacity = 1300", r"tensorrt.capacity is 1300: it must be a multiple of 64"),
         ("[tensorrt]\ncompute_capabilities = [8.6]", r"compute_capabilities\[0\] is 8.6, which is not of type str"),
     ],
 )

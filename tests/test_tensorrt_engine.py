@@ -40,7 +40,7 @@ from mosear_export.explain import explain
 from mosear_export.export import export_checkpoint
 from mosear_export.preflight import memory_mb, preflight
 
-PLANS = TensorRT(compute_capabilities=("8.9",), capacity=3400, prefill_batch=2, prefill_rows=64, decode_batch=3)
+PLANS = TensorRT(compute_capabilities=("8.9",), capacity=3456, prefill_batch=2, prefill_rows=64, decode_batch=3)
 RECIPE = Recipe(name="toy-rtx", target=Target.TENSORRT_RTX, precision=Precision.FP16, limits=LIMITS, tensorrt=PLANS)
 
 
@@ -128,7 +128,7 @@ def test_explain_names_what_differs(engine: Path, onnx_folder: Path, tmp_path: P
     recipe = tmp_path / "toy-rtx.toml"
     recipe.write_text(
         'name = "toy-rtx"\ntarget = "tensorrt-rtx"\nprecision = "bf16"\n[tensorrt]\ncompute_capabilities = ["8.9"]\n'
-        "capacity = 3400\nprefill_batch = 2\nprefill_rows = 64\ndecode_batch = 4\n[limits]\nclip_seconds = 2.0\n"
+        "capacity = 3456\nprefill_batch = 2\nprefill_rows = 64\ndecode_batch = 4\n[limits]\nclip_seconds = 2.0\n"
         "clip_bytes = 1048576\nwords = 200\nnew_tokens = 3000\nprompt_tokens = 400\n"
     )
     lines = list(explain(engine, onnx_folder, recipe))
@@ -151,7 +151,7 @@ def test_inspect_shows_chips_and_kernels(engine: Path) -> None:
 def test_a_dry_run_finds_what_stops_a_build(onnx_folder: Path, tmp_path: Path) -> None:
     assert not [finding for finding in preflight(RECIPE, onnx_folder) if finding.stops]
     wrong = dataclasses.replace(
-        RECIPE, tensorrt=dataclasses.replace(PLANS, capacity=9000, decode_batch=2, builder_memory_mb=100)
+        RECIPE, tensorrt=dataclasses.replace(PLANS, capacity=9024, decode_batch=2, builder_memory_mb=100)
     )
     found = {finding.where: str(finding) for finding in preflight(wrong, onnx_folder) if finding.stops}
     assert "the model knows 4096 positions: lower it to 4096" in found["tensorrt.capacity"]

@@ -43,6 +43,7 @@ PRECISIONS = {
     Target.TENSORRT: (Precision.FP16, Precision.BF16),
 }
 ON_TENSORRT = (Target.TENSORRT_RTX, Target.TENSORRT)
+CAPACITY_STEP = 64  # cache slots: a capacity is a multiple
 # Compute capabilities that TensorRT-RTX builds for. It takes 7.5 too, but has no fp32 products there, which pooling needs.
 CAPABILITIES = ("8.0", "8.6", "8.9", "12.0", "12.1")
 PLUGIN_CAPABILITIES = (
@@ -124,6 +125,11 @@ class TensorRT:
             raise ConfigError(
                 f"tensorrt.prefill_batch and decode_batch are {self.prefill_batch} and {self.decode_batch}: they must be 2 "
                 "or more, as a plan of a fixed batch of 1 in one profile holds weights twice"
+            )
+        if self.capacity % CAPACITY_STEP:
+            raise ConfigError(
+                f"tensorrt.capacity is {self.capacity}: it must be a multiple of {CAPACITY_STEP}, in which a cache grows, so "
+                "that each sequence begins at an address that TensorRT takes"
             )
         if self.prefill_rows > self.capacity:
             raise ConfigError(

@@ -34,7 +34,7 @@ def onnx_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def recipe(mechanisms: Mechanisms) -> Recipe:
     major, minor = torch.cuda.get_device_capability()
     plans = TensorRT(
-        compute_capabilities=(f"{major}.{minor}",), capacity=3400, prefill_batch=4, prefill_rows=64, decode_batch=4,
+        compute_capabilities=(f"{major}.{minor}",), capacity=3456, prefill_batch=4, prefill_rows=64, decode_batch=4,
         mechanisms=mechanisms,
     )  # fmt: skip
     return Recipe(
