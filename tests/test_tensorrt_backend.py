@@ -40,14 +40,15 @@ KINDS = {
     TensorProto.FLOAT: "FLOAT", TensorProto.FLOAT16: "HALF", TensorProto.BFLOAT16: "BF16", TensorProto.INT32: "INT32",
     TensorProto.UINT8: "UINT8", TensorProto.INT64: "INT64",
 }  # fmt: skip
-SIZES = {"capacity": 3456, "prefill_batch": 2, "prefill_rows": 16, "decode_batch": 3}
+SIZES = {"capacity": 640, "prefill_batch": 2, "prefill_rows": 16, "decode_batch": 3}
+FEW = dataclasses.replace(LIMITS, new_tokens=200)
 RECIPES = {
     "tensorrt-rtx": Recipe(
-        name="rtx", target=Target.TENSORRT_RTX, precision=Precision.FP16, limits=LIMITS,
+        name="rtx", target=Target.TENSORRT_RTX, precision=Precision.FP16, limits=FEW,
         tensorrt=TensorRT(compute_capabilities=("8.9",), **SIZES),
     ),
     "tensorrt": Recipe(
-        name="trt", target=Target.TENSORRT, precision=Precision.BF16, limits=LIMITS,
+        name="trt", target=Target.TENSORRT, precision=Precision.BF16, limits=FEW,
         tensorrt=TensorRT(compute_capabilities=("9.0",), mechanisms=Mechanisms.PLUGINS, **SIZES),
     ),
 }  # fmt: skip
@@ -233,7 +234,7 @@ def test_every_task_is_answered(loaded: Loaded, clip: bytes) -> None:
     ("wrong", "message"),
     [
         ({"batch": 4, "capacity": 64}, "4 sequences are wanted at once, the plan takes 3: raise tensorrt.decode_batch"),
-        ({"batch": 1, "capacity": 3457}, "3457 cache slots are wanted, the plan has 3456: raise tensorrt.capacity"),
+        ({"batch": 1, "capacity": 704}, "704 cache slots are wanted, the plan has 640: raise tensorrt.capacity"),
     ],
 )
 def test_what_a_plan_does_not_serve_is_refused(loaded: Loaded, wrong: dict[str, int], message: str) -> None:
