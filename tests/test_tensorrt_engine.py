@@ -255,8 +255,12 @@ def plan_folder(engine: Path, tmp_path: Path) -> tuple[Path, dict[str, Any]]:
 def test_a_plan_that_is_not_what_was_built_is_refused_where_it_is_served(engine: Path, tmp_path: Path) -> None:
     folder, config = plan_folder(engine, tmp_path)
     model = PlanModel(config, folder)
-    (answer,) = model.answer([Ask(inputs={}, outputs=("voice_features",))])
-    assert "voice is checked and not loaded: instances of kind GPU answer" in str(answer)
+    mel, frames = np.zeros((1, 8, 20), np.float32), np.full(1, 20, np.int32)
+    samples = ({"mel": mel}, {"mel": mel[:, :, :2], "voice_frames": frames}, {"mel": mel, "voice_frames": frames})
+    told = [model.alone(Ask(inputs=sample, outputs=("voice_features",))) for sample in samples]
+    assert str(told[0]) == "voice: input voice_frames is missing"
+    assert str(told[1]).startswith("voice: mel is [1, 8, 2], the plan's profile goes from [1, 8, 4] to [")
+    assert isinstance(told[2], dict) and told[2]["voice_features"].shape[0] == 1
     with pytest.raises(
         EngineError, match=r"voice: the plan is for compute capability 8\.9, found no NVIDIA driver|8\."
     ):

@@ -1,7 +1,8 @@
 """`mosear repo --check`: the real server loads every plan's configuration, on a machine that needs no GPU.
 
-The server has no `tensorrt` backend here but ours in Python, which compares a configuration with its plan and loads no plan
-on instances of kind CPU. So the models are loaded from a copy of the repository that differs in the instances' kind alone.
+The server has no `tensorrt` backend here but ours in Python, which compares a configuration with its plan, and warm-up samples
+with its profile, and loads no plan where it is told to check only. So the models are loaded from a copy of the repository that
+differs in that parameter and in the instances' kind, as the server takes no kind GPU without one.
 """
 
 import shutil
@@ -15,7 +16,7 @@ from tritonclient.grpc import model_config_pb2 as pb
 
 from mosear.artifacts import share
 from mosear.errors import ServingError
-from mosear.serving.configs import TENSORRT
+from mosear.serving.configs import CHECK_ONLY, TENSORRT
 from mosear.serving.server import Server, ServerOptions
 
 CONFIG = "config.pbtxt"
@@ -40,7 +41,7 @@ def check_plans(repository: Path, say: Callable[[str], None], *, triton: Path | 
 
 
 def _copied(path: Path, folder: Path) -> bool:
-    """Copy a model's folder where its backend is tensorrt, its instances of kind CPU; the plans are links."""
+    """Copy a model's folder where its backend is tensorrt, its instances of kind CPU and told to check; plans are links."""
     config = text_format.Parse(path.read_text(), pb.ModelConfig())
     if config.backend != TENSORRT:
         return False
@@ -48,6 +49,7 @@ def _copied(path: Path, folder: Path) -> bool:
     shutil.copytree(path.parent, target, copy_function=lambda source, place: share(Path(source), Path(place)))
     for group in config.instance_group:
         group.kind = pb.ModelInstanceGroup.KIND_CPU
+    config.parameters[CHECK_ONLY].string_value = "true"
     (target / CONFIG).unlink()  # it is a link to the repository's own
     (target / CONFIG).write_text(text_format.MessageToString(config))
     return True

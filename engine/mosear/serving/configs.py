@@ -21,6 +21,7 @@ BATCH = 8  # samples of one execution of an encoder
 NO_OPTIMISATION = 2  # the onnxruntime backend's graph level for "run it as it is"
 PYTHON, ONNX, TENSORRT = "python", "onnxruntime", "tensorrt"
 PLAN_PLATFORM, PLAN_FILE = "tensorrt_plan", "model.plan"
+CHECK_ONLY = "check_only"  # a parameter
 PLAN_NOTES = "plan.json"  # beside a plan: what its manifest says of it
 ENGINE = "engine"  # folder in a Python model's version directory
 PARAMETERS = {

@@ -1,8 +1,8 @@
 """Serves plans of encoders where Triton has no tensorrt backend of its own, or the plans are TensorRT-RTX's.
 
 The same `config.pbtxt` as for the native backend. The plan's notes lie beside it, so that what the configuration says of
-tensors, types and batches is compared with the plan without a GPU: on an instance of kind CPU that is all that is done
-(`mosear repo --check`).
+tensors, types and batches is compared with the plan without a GPU: with the parameter `check_only` that is all that is done,
+and warm-up samples are compared with the profile (`mosear repo --check`).
 """
 
 import json
@@ -10,9 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mosear.backends.cuda_driver import Driver
 from mosear.backends.tensorrt_load import first_device, installed_version
-from mosear.backends.tensorrt_plans import Plan, open_runtime
+from mosear.backends.tensorrt_plans import KINDS, Plan, open_runtime
 from mosear.contract import Tensors
 from mosear.errors import EngineError, MosearError, RequestError
 from mosear.serving.configs import PLAN_FILE, PLAN_NOTES
@@ -89,12 +91,25 @@ class PlanModel(Batching):
         self.plan = Plan(trt, runtime, self.file, Driver())
 
     def alone(self, ask: Ask) -> Tensors | MosearError:
-        if self.plan is None:
-            return EngineError(f"{self.name} is checked and not loaded: instances of kind GPU answer")
-        if missing := [name for name in self.plan.inputs if name not in ask.inputs]:
+        if missing := [name for name in self.notes["inputs"] if name not in ask.inputs]:
             return RequestError(f"{self.name}: input {missing[0]} is missing")
+        if self.plan is None:
+            return self._rehearsed(ask)
         try:
             found = self.plan.run(ask.inputs)
         except MosearError as error:
             return error
         return {name: found[name].copy() for name in ask.outputs}
+
+    def _rehearsed(self, ask: Ask) -> Tensors | MosearError:
+        """Zeros in the shapes of an answer, where the request's own are within the profile: warm-up of a server that checks."""
+        ranges = self.notes["profiles"][0] if self.notes["profiles"] else {}
+        for name, (low, _, high) in ranges.items():
+            shape = ask.inputs[name].shape
+            if len(shape) != len(low) or any(not a <= size <= b for a, size, b in zip(low, shape, high)):
+                return RequestError(
+                    f"{self.name}: {name} is {list(shape)}, the plan's profile goes from {low} to {high}"
+                )
+        batch, told = ask.rows() or 1, self.notes["outputs"]
+        shapes = {name: [batch if size < 0 else size for size in told[name][1]] for name in ask.outputs}
+        return {name: np.zeros(shape, KINDS[told[name][0]]) for name, shape in shapes.items()}

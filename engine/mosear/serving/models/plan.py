@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from mosear.serving.configs import CHECK_ONLY
 from mosear.serving.models import encoder
 from mosear.serving.plan_backend import PlanModel
 
@@ -12,7 +13,8 @@ class TritonPythonModel(encoder.TritonPythonModel):
 
     def initialize(self, args: dict[str, str]) -> None:
         folder = Path(args["model_repository"]) / args["model_version"]
-        model = PlanModel(json.loads(args["model_config"]), folder)
-        if args["model_instance_kind"] == "GPU":
+        config = json.loads(args["model_config"])
+        model = PlanModel(config, folder)
+        if CHECK_ONLY not in config.get("parameters", {}):
             model.open()
         self.model = model
