@@ -130,7 +130,7 @@ def test_a_changed_expert_exports_no_graph(toy: Folders, tmp_path: Path, monkeyp
     other = export.export_checkpoint(changed, toy.onnx.parent, print)
     assert exported == [] and other != toy.onnx
     for name in (f"{part}.onnx" for part in parts(ModelConfig.load(other / "config.json"))):
-        assert (other / name).samefile(toy.onnx / name)
+        assert same(other, toy.onnx, name) and same(other, toy.onnx, f"{name}.data")
     assert not same(other, toy.onnx, "golden/decoder.safetensors") and not same(other, toy.onnx, "heads.safetensors")
     projector = next(name for name in values if name.startswith("face_projector.") and values[name].any())
     save_file(values | {projector: values[projector] * 2}, changed / "heads.safetensors")

@@ -11,7 +11,7 @@ import onnxruntime
 import torch
 from safetensors.torch import save_file
 
-from mosear.artifacts import CONFIG, HEADS, ONNX, TOKENIZER, Manifest, existing, key_of, publish, share
+from mosear.artifacts import CONFIG, HEADS, ONNX, TOKENIZER, Manifest, existing, key_of, publish
 from mosear.contract import DECODER, Part, parts
 from mosear.errors import EngineError
 from mosear.hashes import HashOf, file_hash
@@ -60,7 +60,7 @@ def export_checkpoint(
         for index, part in enumerate(table.values(), 1):
             path = draft.folder / f"{part.name}.onnx"
             keys[part.name] = key_of(exported_inputs(part.name, checkpoint.hashes, constants(model, part)))
-            stays = newest.share(part.name, keys[part.name], draft.folder)
+            stays = newest.copy(part.name, keys[part.name], draft.folder)
             report(f"onnx: {part.name} ({index} of {len(table)}){' stays as it is' if stays else ''}")
             if not stays:
                 export_part(model, part, path)
@@ -86,8 +86,8 @@ class Newest:
             keys = manifest.notes.get("exported")
             self.files, self.keys = manifest.files, keys if isinstance(keys, dict) else {}
 
-    def share(self, part: str, key: str, folder: Path) -> bool:
-        """Put a part's files into `folder` if they are there, whole, and of this key."""
+    def copy(self, part: str, key: str, folder: Path) -> bool:
+        """Copy a part's files into `folder` if they are there, whole, and of this key (onnx reads no weights with two links)."""
         names = [name for name in (f"{part}.onnx", f"{part}.onnx.data") if name in self.files]
         if self.keys.get(part) != key or not names:
             return False
@@ -95,7 +95,7 @@ class Newest:
         if any(not path.is_file() or self.hash_of(path) != self.files[path.name] for path in paths):
             return False
         for path in paths:
-            share(path, folder / path.name)
+            shutil.copyfile(path, folder / path.name)
         return True
 
 
