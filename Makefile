@@ -32,7 +32,7 @@ test-full: | $(BIN)/python
 
 # What needs a GPU and TensorRT's library: builds with our plugins and runs them.
 test-gpu: | $(BIN)/python
-	$(BIN)/python -m pytest -m tensorrt tests/plugins
+	$(BIN)/python -m pytest -m tensorrt
 
 # Fetch the demo parts, build the engine, assemble the repository, serve it, ask about a clip over gRPC, stop.
 demo: setup

@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
+from mosear.artifacts import TOKENIZER
 from mosear.config import Policy
-from mosear.engine import TOKENIZER
 from mosear.recipe import Recipe
 
 SUFFIX = "-bare"

@@ -18,9 +18,10 @@ from report import DECODE, SHARE
 from safetensors import safe_open
 from workload import STRENGTH, WORDS
 
+from mosear.artifacts import HEADS
 from mosear.backends.session import Backend
 from mosear.config import ModelConfig
-from mosear.engine import HEADS, Engine
+from mosear.engine import Engine
 from mosear.errors import EngineError
 from mosear.recipe import Precision
 from mosear.runtime.encode import Stages, encode, project

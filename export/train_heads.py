@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mosear.config import parse
 from mosear.errors import ConfigError, MosearError
-from mosear_export.demo.assemble import HEADS
+from mosear_export.inputs import DEMO_HEADS as HEADS
 from mosear_export.training.run import train_heads
 from mosear_export.training.train import TrainConfig
 

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 ENGINE, EXPORT = ROOT / "engine" / "mosear", ROOT / "export" / "mosear_export"
 # Each may import itself and what stands before it.
 RANKS = (
-    ("errors", "config", "contract", "recipe"),
+    ("errors", "hashes", "config", "contract", "recipe"),
     ("artifacts",),
     ("backends",),
     ("runtime",),
@@ -22,7 +22,7 @@ RANKS = (
     ("ask", "doctor"),
     ("cli",),
 )
-BASE = {"errors": (), "config": ("errors",), "contract": ("config",), "recipe": ("config", "errors")}
+BASE = {"errors": (), "hashes": (), "config": ("errors",), "contract": ("config",), "recipe": ("config", "errors")}
 HEAVY = ("torch", "onnx", "onnxscript", "transformers", "triton", "mosear_export", "mosear.kernels")
 
 

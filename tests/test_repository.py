@@ -20,7 +20,7 @@ from mosear.errors import ConfigError, EngineError, ServingError
 from mosear.recipe import Recipe
 from mosear.serving import repository
 from mosear.serving.configs import Device, Settings, config_text, model_configs
-from mosear.serving.installation import BACKEND_PY
+from mosear.serving.installation import BACKEND_PY, BACKENDS
 from mosear.serving.repository import MODEL_PY, assemble
 from mosear_export import export
 from mosear_export.demo.fetch import DemoFiles
@@ -90,7 +90,9 @@ def read(path: Path) -> pb.ModelConfig:
 
 
 def test_the_committed_backend_is_what_a_server_gets() -> None:
-    assert (FOLDER.parent / "backends" / "onnxruntime" / "model.py").read_text() == BACKEND_PY
+    for backend, module in BACKENDS.items():
+        text = (FOLDER.parent / "backends" / backend / "model.py").read_text()
+        assert text == BACKEND_PY.format(backend=backend, module=module)
 
 
 @pytest.mark.demo

@@ -19,14 +19,13 @@ from mosear.backends.session import Backend, DecoderState
 from mosear.config import ModelConfig, MoSEConfig, Route, Target
 from mosear.contract import DECODER, EMBEDDING, HOLES, Tensors, parts
 from mosear.errors import BusyError, CancelledError, DeadlineError, EngineError, MosearError, RequestError
-from mosear.recipe import Recipe
+from mosear.recipe import CAPACITY_STEP, Recipe
 from mosear.runtime.decode import Prefilled, Said, Scored, Token, Work
 from mosear.runtime.encode import project
 from mosear.runtime.generate import Generation, Rows, score_labels, stream
 from mosear.runtime.prompt import AUDIO, TEXT, VIDEO, Prompt, Task
 from mosear.runtime.sampling import Sampler, Sampling, log_softmax
 from mosear.runtime.schedule import Scheduler
-from mosear.runtime.slots import CAPACITY_STEP
 from mosear_export.build import prepare_decoder
 from mosear_export.export import head_tensors
 from mosear_export.model.decoder import ReferenceOps

@@ -142,14 +142,14 @@ def test_a_build_that_dies_is_named(
         f"import os, sys\nprint('last words', file=sys.stderr, flush=True)\n{death}\n"
     )
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path(__file__).parents[1] / 'engine'}")
-    monkeypatch.setattr(tensorrt_builder, "installed", lambda module: True)
+    monkeypatch.setattr(tensorrt_builder, "unusable", lambda module: "")
     (tmp_path / "build").mkdir()
     said = refusal(job(tmp_path / "build", linear(), module="dying_builder"))
     assert message in said and "decoder for 8.6, 8.9" in said and "last words" in said
 
 
 def test_a_missing_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tensorrt_builder, "installed", lambda module: False)
+    monkeypatch.setattr(tensorrt_builder, "unusable", lambda module: f"{module} is not installed")
     assert "tensorrt_rtx is not installed, which builds this target: pip install" in refusal(job(tmp_path, linear()))
 
 

@@ -15,15 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mosear.errors import EngineError
+from mosear.hashes import HashOf, file_hash
 
 FORMAT = 1  # layout of the folders; a folder of another format is refused
 MANIFEST = "manifest.json"
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+CHECKPOINT, ONNX, ENGINE = "checkpoint", "onnx", "engine"  # kinds of folders, in the order that they are made
+CONFIG, TOKENIZER, HEADS = "config.json", "tokenizer.json", "heads.safetensors"  # files that several of them hold
 
 
 def folder_hashes(folder: Path) -> dict[str, str]:
@@ -71,13 +68,13 @@ class Manifest:
             )
         return manifest
 
-    def verify(self, folder: Path, *, remedy: str) -> None:
+    def verify(self, folder: Path, *, remedy: str, hash_of: HashOf = file_hash) -> None:
         """Compare every file with its hash; raises EngineError naming the first that differs."""
         for name, expected in self.files.items():
             path = folder / name
             if not path.is_file():
                 raise EngineError(f"{path} is missing: {remedy}")
-            if (found := file_hash(path)) != expected:
+            if (found := hash_of(path)) != expected:
                 raise EngineError(f"{path} was altered: expected sha256 {expected[:12]}, found {found[:12]}: {remedy}")
 
 
@@ -132,11 +129,18 @@ def share(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def existing(root: Path, *, kind: str, name: str, inputs: Mapping[str, object]) -> Path | None:
-    """The folder for these inputs if it is whole (every file there, manifest of this format), with the link set to it."""
+def existing(
+    root: Path, *, kind: str, name: str, inputs: Mapping[str, object], hash_of: HashOf | None = None
+) -> Path | None:
+    """The folder for these inputs if it is whole (manifest of this format, every file there), with the link set to it.
+
+    hash_of: compare each file with its hash too; an altered folder is not taken.
+    """
     folder = location(root, name=name, inputs=inputs)
     try:
         manifest = Manifest.load(folder, kind=kind, remedy="rebuild")
+        if hash_of is not None:
+            manifest.verify(folder, remedy="rebuild", hash_of=hash_of)
     except EngineError:
         return None
     if manifest.key != key_of(inputs) or any(not (folder / file).is_file() for file in manifest.files):

@@ -55,6 +55,10 @@ def parser() -> argparse.ArgumentParser:
     build.add_argument("--recipe", type=Path, default=RECIPE, help="default: %(default)s")
     build.add_argument("--checkpoint", type=Path, help="checkpoint folder (default: the demo's, assembled)")
     build.add_argument("--out", type=Path, default=BUILD, help="where onnx/ and engines/ lie (default: %(default)s)")
+    for command in (export, build):
+        command.add_argument(
+            "--verify", action="store_true", help="read every file, also those whose size, time and inode are known"
+        )
     build.add_argument("--dry-run", action="store_true", help="say what would stop the build, and build nothing")
     explain = _command(commands, "explain", _explain, "would an engine be rebuilt, and why")
     explain.add_argument("folder", type=Path, nargs="?", default=ENGINE, help="engine folder (default: %(default)s)")
@@ -96,6 +100,9 @@ def _repo_options(repo: argparse.ArgumentParser) -> None:
     repo.add_argument("--out", type=Path, default=BUILD / "repositories", help="default: %(default)s")
     repo.add_argument(
         "--target", choices=["cpu", "gpu"], default="cpu", help="where encoders run (default: %(default)s)"
+    )
+    repo.add_argument(
+        "--check", action="store_true", help="let the server load each plan's configuration, without a GPU"
     )
     for name, about in SERVED_AT_ONCE.items():
         repo.add_argument(f"--{name.replace('_', '-')}", type=int, help=about)
@@ -146,15 +153,6 @@ def _fetch(options: argparse.Namespace) -> None:
     _say(f"clip: {DEMO_CLIP}: {clip.caption}")
 
 
-def _checkpoint(options: argparse.Namespace) -> Path:
-    from mosear_export.demo.assemble import assemble
-    from mosear_export.demo.fetch import default_cache, fetch
-
-    if options.checkpoint:
-        return Path(options.checkpoint)
-    return assemble(fetch(default_cache(), _say), options.out / "checkpoints", _say)
-
-
 def _export(options: argparse.Namespace) -> None:
     if options.what == "kernels":
         from mosear_export.kernels import export_kernels, parse_archs
@@ -163,25 +161,24 @@ def _export(options: argparse.Namespace) -> None:
             raise ConfigError("--checkpoint goes with `export onnx`: kernels do not depend on a checkpoint")
         export_kernels(parse_archs(options.arch), options.out / "kernels", _say)
         return
-    from mosear_export.export import export_checkpoint
+    from mosear_export import chain
 
     if options.arch is not None:
         raise ConfigError("--arch goes with `export kernels`: an ONNX file is the same for every GPU")
-    export_checkpoint(_checkpoint(options), options.out / "onnx", _say)
+    with chain.hashes(options.out, verify=options.verify) as hash_of:
+        chain.export(options.out, options.checkpoint, _say, hash_of=hash_of)
 
 
 def _build(options: argparse.Namespace) -> int:
-    from mosear.recipe import Recipe, Target
+    from mosear.recipe import Recipe
 
     recipe = Recipe.load(options.recipe)
     if options.dry_run:
         return _preflight(recipe, options.out / "onnx" / "onnx")
-    from mosear_export import build, build_tensorrt
-    from mosear_export.export import export_checkpoint
+    from mosear_export import chain
 
-    onnx_folder = export_checkpoint(_checkpoint(options), options.out / "onnx", _say)
-    stage = build if recipe.target is Target.ONNXRUNTIME_CPU else build_tensorrt
-    stage.build_engine(recipe, onnx_folder, options.out / "engines", _say)
+    with chain.hashes(options.out, verify=options.verify) as hash_of:
+        chain.build(recipe, options.out, options.checkpoint, _say, hash_of=hash_of)
     return 0
 
 
@@ -225,10 +222,14 @@ def _repo(options: argparse.Namespace) -> None:
 
     asked = {name: value for name in SERVED_AT_ONCE if (value := getattr(options, name)) is not None}
     onnx_folder = options.onnx if options.onnx.exists() else None
-    assemble(
+    made = assemble(
         options.engine, options.out, target=Device(options.target), onnx_folder=onnx_folder, say=_say,
         settings=Settings(**asked),
     )  # fmt: skip
+    if options.check:
+        from mosear.serving.check import check_plans
+
+        check_plans(made, _say)
 
 
 def _server_options(options: argparse.Namespace) -> "ServerOptions":

@@ -10,11 +10,12 @@ from pathlib import Path
 import onnxruntime
 
 from mosear.artifacts import MANIFEST
-from mosear.backends.tensorrt_builder import INSTALL, RTX
-from mosear.backends.tensorrt_load import first_device, installed_version
+from mosear.backends.onnxruntime_cuda import check_provider
+from mosear.backends.tensorrt_builder import MODULES
+from mosear.backends.tensorrt_load import INSTALL, Device, first_device, installed_version, unusable
 from mosear.engine import Engine
 from mosear.errors import EngineError, MosearError
-from mosear.recipe import CAPABILITIES, Target
+from mosear.recipe import CAPABILITIES, PLUGIN_CAPABILITIES, Provider, Target
 
 SERVING = ("numpy", "onnxruntime", "av", "tokenizers", "safetensors", "pillow")
 BUILDING = ("torch", "onnx", "onnxscript", "gguf")
@@ -39,19 +40,37 @@ def examine(engine: Path) -> Iterator[str]:
 def _targets() -> Iterator[str]:
     """What each target can do here, and what to type next."""
     yield f"target     {Target.ONNXRUNTIME_CPU}: builds and runs here; python export/build_engine.py"
-    version, device = installed_version(RTX), first_device()
-    build = "export/build_engine.py --recipe export/recipes/rtx-fp16.toml"
-    if version is None:
-        yield f"target     {Target.TENSORRT_RTX}: cannot build here: {RTX} is not installed; {INSTALL[RTX]}"
-        return
-    chips = ", ".join(CAPABILITIES)
+    yield f"target     {Target.ONNXRUNTIME_CUDA}: {_cuda()}"
+    device = first_device()
+    for target, recipe in ((Target.TENSORRT_RTX, "rtx-fp16"), (Target.TENSORRT, "trt-fp16")):
+        module = MODULES[target]
+        build = f"python export/build_engine.py --recipe export/recipes/{recipe}.toml"
+        if why := unusable(module):
+            yield f"target     {target}: cannot build here: {why}; {INSTALL[module]}"
+        elif target is Target.TENSORRT and device.compute_capability is None:
+            yield f"target     {target}: cannot build here: {device.reason}, and TensorRT builds on the GPU that runs the plan"
+        else:
+            yield f"target     {target}: {module} {installed_version(module)} {_builds(target, device)}; {build}"
+
+
+def _builds(target: Target, device: Device) -> str:
+    """For which chips, and whether this machine's GPU is one."""
+    served = CAPABILITIES if target is Target.TENSORRT_RTX else PLUGIN_CAPABILITIES
+    builds = f"builds here for {', '.join(served)}"
     if device.compute_capability is None:
-        runs = f"cannot run here: {device.reason}"
-    elif device.compute_capability not in CAPABILITIES:
-        runs = f"cannot run here: this GPU is {device.compute_capability}, TensorRT-RTX serves {chips}"
-    else:
-        runs = f"this GPU ({device.compute_capability}) is one that it serves; running is not built yet"
-    yield f"target     {Target.TENSORRT_RTX}: {RTX} {version} builds here for {chips}, {runs}; python {build}"
+        return f"{builds}, cannot run here: {device.reason}"
+    if device.compute_capability not in served:
+        return f"{builds}, cannot run here: this GPU is {device.compute_capability}"
+    return f"{builds}, and runs on this GPU ({device.compute_capability})"
+
+
+def _cuda() -> str:
+    """Of ONNX Runtime on a GPU."""
+    try:
+        check_provider(Provider.CUDA)
+    except EngineError as error:
+        return f"cannot run here: {error}"
+    return "runs here; python export/build_engine.py --recipe export/recipes/cuda-fp32.toml"
 
 
 def examine_server(url: str) -> Iterator[str]:
@@ -87,7 +106,7 @@ def describe(folder: Path, *, as_json: bool) -> str:
     lines += _plans(record["notes"])
     for title in ("inputs", "notes"):
         for name, value in sorted(record[title].items()):
-            if name == "parts":
+            if name == "plans":
                 continue
             shown = f"{len(value)} entries" if isinstance(value, dict) and len(value) > 12 else json.dumps(value)
             lines.append(f"  {title[:-1]:<6} {name}: {shown}")
@@ -100,12 +119,12 @@ def describe(folder: Path, *, as_json: bool) -> str:
 
 def _plans(notes: dict[str, object]) -> Iterator[str]:
     """Of a TensorRT engine, a line for each part and one for each of its profiles."""
-    parts = notes.get("parts")
+    parts = notes.get("plans")
     for name, part in sorted(parts.items()) if isinstance(parts, dict) else ():
         report, worst = part["report"], max(part["parity"].values())
         yield (
-            f"  plan   {name}: {', '.join(part['compute_capabilities'])}; {report['bytes']:,} bytes, built in "
-            f"{part['seconds']} s with {part['memory_mb']} MB, largest RMS error {worst:.1e}"
+            f"  plan   {name.removesuffix('.plan')}: {', '.join(part['compute_capabilities'])}; {report['bytes']:,} bytes, "
+            f"built in {part['seconds']} s with {part['memory_mb']} MB, largest RMS error {worst:.1e}"
         )
         for index, profile in enumerate(report["profiles"]):
             layers = f", {profile['kernels_per_layer']} a layer" if profile["kernels_per_layer"] else ""

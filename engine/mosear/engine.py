@@ -7,10 +7,12 @@ import numpy as np
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
-from mosear.artifacts import Manifest
+from mosear.artifacts import CONFIG, ENGINE, HEADS, TOKENIZER, Manifest
 from mosear.backends.onnxruntime_cpu import OnnxRuntimeBackend
+from mosear.backends.onnxruntime_cuda import OnnxRuntimeCudaBackend, check_provider
 from mosear.backends.session import Backend
-from mosear.backends.tensorrt_builder import RTX
+from mosear.backends.tensorrt_backend import TensorRTBackend
+from mosear.backends.tensorrt_builder import MODULES
 from mosear.backends.tensorrt_load import check_engine, first_device, installed_version
 from mosear.config import ModelConfig, parse
 from mosear.contract import Tensors
@@ -22,8 +24,7 @@ from mosear.runtime.pipeline import Pipeline
 from mosear.runtime.prompt import PromptBuilder
 from mosear.runtime.schedule import PREFILL_ROWS, Scheduler
 
-KIND = "engine"
-CONFIG, TOKENIZER, HEADS = "config.json", "tokenizer.json", "heads.safetensors"
+KIND = ENGINE
 ROWS_OF_A_REPORT = 3  # a conflict report: all, without the voice, without the face
 REMEDY = "build it with `python export/build_engine.py`"
 
@@ -45,24 +46,29 @@ class EngineFolder:
         assert isinstance(files, dict), "an engine's manifest names the ONNX files it was built from"
         return feature_schema(files)
 
-    def backend(self, names: Collection[str] = (), *, threads: int = 0) -> OnnxRuntimeBackend:
+    def backend(self, names: Collection[str] = (), *, threads: int = 0) -> Backend:
         """Sessions for these parts (none named: for all) with so many threads (0: the recipe's).
 
         Raises EngineError where a file is missing or altered, or an engine is for another machine.
         """
-        if self.recipe.target is Target.TENSORRT_RTX:
-            self.check_tensorrt()
-            raise EngineError(
-                f"{self.folder} fits this machine, but this version builds TensorRT engines and runs none yet"
-            )
+        if self.recipe.target in MODULES:
+            return self._plans(MODULES[self.recipe.target], names)
+        on_gpu = self.recipe.target is Target.ONNXRUNTIME_CUDA
+        if on_gpu:
+            check_provider(self.recipe.provider)
         self.manifest.verify(self.folder, remedy=REMEDY)
         heads, threads = load_heads(self.folder / HEADS), threads or self.recipe.used_threads
+        if on_gpu:
+            provider = self.recipe.provider
+            return OnnxRuntimeCudaBackend(self.folder, self.config, heads=heads, provider=provider, names=names)
         return OnnxRuntimeBackend(self.folder, self.config, heads=heads, threads=threads, names=names)
 
-    def check_tensorrt(self) -> None:
-        """Raises EngineError where plans cannot run here, before one is read: version, chip and hashes."""
-        version = installed_version(RTX)
-        check_engine(self.folder, self.manifest, module=RTX, version=version, device=first_device())
+    def _plans(self, module: str, names: Collection[str]) -> Backend:
+        """Before a plan is read: is it right for this machine, and is it the one that was built?"""
+        device = first_device()
+        check_engine(self.folder, self.manifest, module=module, version=installed_version(module), device=device)
+        heads = load_heads(self.folder / HEADS)
+        return TensorRTBackend(self.folder, self.config, module=module, heads=heads, names=names)
 
     def media_reader(self) -> MediaReader:
         """The media process, within the limits of recipe and model."""

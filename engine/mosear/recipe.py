@@ -16,13 +16,15 @@ class Target(enum.StrEnum):
     """Runtimes that engines are built for."""
 
     ONNXRUNTIME_CPU = "onnxruntime-cpu"
+    ONNXRUNTIME_CUDA = "onnxruntime-cuda"
     TENSORRT_RTX = "tensorrt-rtx"
+    TENSORRT = "tensorrt"
 
 
 class Precision(enum.StrEnum):
     """Weights of the decoder's linear layers and head. Experts, gates and norms stay in the target's wider type.
 
-    On onnxruntime-cpu that is fp32. On TensorRT it is 16 bits: products in fp16 or bf16, all else in fp32; below 16 bits
+    On ONNX Runtime that is fp32. On TensorRT it is 16 bits: products in fp16 or bf16, all else in fp32; below 16 bits
     the weights alone are narrower (products in fp16).
     """
 
@@ -36,11 +38,45 @@ class Precision(enum.StrEnum):
 
 PRECISIONS = {
     Target.ONNXRUNTIME_CPU: (Precision.FP32, Precision.INT8),
+    Target.ONNXRUNTIME_CUDA: (Precision.FP32,),
     Target.TENSORRT_RTX: (Precision.FP16, Precision.BF16, Precision.INT8, Precision.INT4, Precision.FP8),
+    Target.TENSORRT: (Precision.FP16, Precision.BF16),
 }
+ON_TENSORRT = (Target.TENSORRT_RTX, Target.TENSORRT)
+CAPACITY_STEP = 64  # cache slots: a capacity is a multiple
 # Compute capabilities that TensorRT-RTX builds for. It takes 7.5 too, but has no fp32 products there, which pooling needs.
 CAPABILITIES = ("8.0", "8.6", "8.9", "12.0", "12.1")
+PLUGIN_CAPABILITIES = (
+    "8.0",
+    "8.6",
+    "8.9",
+    "9.0",
+    "10.0",
+    "12.0",
+)  # of our kernels, which plans of the target tensorrt hold
 FP8_CAPABILITIES = ("8.9", "12.0", "12.1")
+
+
+class Mechanisms(enum.StrEnum):
+    """How the decoder's two mechanisms get into a plan: our kernels as plugins, or operators that TensorRT fuses."""
+
+    PLUGINS = "plugins"
+    OPERATORS = "operators"
+
+
+class Compatibility(enum.StrEnum):
+    """On which GPUs beside the one that built it a plan of the target tensorrt runs, at some price in speed."""
+
+    NONE = "none"
+    SAME_COMPUTE_CAPABILITY = "same_compute_capability"
+    AMPERE_PLUS = "ampere_plus"  # 8.0 and above
+
+
+class Provider(enum.StrEnum):
+    """Who runs a graph of the target onnxruntime-cuda: ONNX Runtime's own kernels, or TensorRT within it."""
+
+    CUDA = "cuda"
+    TENSORRT = "tensorrt"
 
 
 class Heads(enum.StrEnum):
@@ -75,10 +111,14 @@ class TensorRT:
     prefill_batch: int = 4
     prefill_rows: int = 512  # rows of a prompt in one call
     decode_batch: int = 8
-    builder_memory_mb: int = 4096  # that the builder may allocate on this machine
+    builder_memory_mb: int = (
+        4096  # that the builder may allocate: of this machine (tensorrt-rtx), of the GPU (tensorrt)
+    )
+    mechanisms: Mechanisms = Mechanisms.OPERATORS
+    compatibility: Compatibility = Compatibility.NONE
 
     def __post_init__(self) -> None:
-        for name in self.__slots__[1:]:
+        for name in self.__slots__[1:-2]:
             if getattr(self, name) <= 0:
                 raise ConfigError(f"tensorrt.{name} is {getattr(self, name)}: it must be above 0")
         if min(self.prefill_batch, self.decode_batch) < 2:
@@ -86,18 +126,17 @@ class TensorRT:
                 f"tensorrt.prefill_batch and decode_batch are {self.prefill_batch} and {self.decode_batch}: they must be 2 "
                 "or more, as a plan of a fixed batch of 1 in one profile holds weights twice"
             )
+        if self.capacity % CAPACITY_STEP:
+            raise ConfigError(
+                f"tensorrt.capacity is {self.capacity}: it must be a multiple of {CAPACITY_STEP}, in which a cache grows, so "
+                "that each sequence begins at an address that TensorRT takes"
+            )
         if self.prefill_rows > self.capacity:
             raise ConfigError(
                 f"tensorrt.prefill_rows is {self.prefill_rows}: a call cannot hold more rows than the cache has slots, "
                 f"tensorrt.capacity {self.capacity}"
             )
         given = self.compute_capabilities
-        for capability in given:
-            if capability not in CAPABILITIES:
-                raise ConfigError(
-                    f"tensorrt.compute_capabilities has {capability!r}: TensorRT-RTX builds for {', '.join(CAPABILITIES)}"
-                    " (7.5 lacks fp32 products; 9.0 and 10.0, the data-centre chips, need the target tensorrt)"
-                )
         if not given or len(set(given)) < len(given):
             raise ConfigError(f"tensorrt.compute_capabilities is {list(given)}: name at least one, and each once")
 
@@ -113,6 +152,7 @@ class Recipe:
     heads: Heads = Heads.INPUTS
     threads: int = 0  # 0: as many as this process may use
     limits: Limits = field(default_factory=Limits)
+    provider: Provider = Provider.CUDA  # of the target onnxruntime-cuda
     tensorrt: TensorRT | None = None  # of the TensorRT targets
 
     def __post_init__(self) -> None:
@@ -125,11 +165,13 @@ class Recipe:
             raise ConfigError(
                 f"recipe {self.name}: precision is {self.precision}; target {self.target} takes {', '.join(fits)}"
             )
-        if self.target is Target.ONNXRUNTIME_CPU:
-            if self.tensorrt is not None:
-                raise ConfigError(f"recipe {self.name}: a [tensorrt] table is for the target tensorrt-rtx")
-        else:
+        if self.provider is not Provider.CUDA and self.target is not Target.ONNXRUNTIME_CUDA:
+            raise ConfigError(f"recipe {self.name}: provider is for the target {Target.ONNXRUNTIME_CUDA}: leave it out")
+        if self.target in ON_TENSORRT:
             self._check_tensorrt()
+            self._check_chips()
+        elif self.tensorrt is not None:
+            raise ConfigError(f"recipe {self.name}: a [tensorrt] table is for the targets {', '.join(ON_TENSORRT)}")
 
     def _check_tensorrt(self) -> None:
         settings, needed = self.plans, self.limits.prompt_tokens + self.limits.new_tokens
@@ -147,6 +189,43 @@ class Recipe:
         if self.precision is Precision.INT4 and self.block != 128:
             raise ConfigError(f"recipe {self.name}: block is {self.block}; int4 on TensorRT takes blocks of 128")
 
+    def _check_chips(self) -> None:
+        given, with_plugins = self.plans.compute_capabilities, self.plans.mechanisms is Mechanisms.PLUGINS
+        served: tuple[str, ...]
+        if self.target is Target.TENSORRT_RTX:
+            if with_plugins:
+                raise ConfigError(
+                    f"recipe {self.name}: tensorrt.mechanisms is plugins, which TensorRT-RTX does not take: leave it out, or "
+                    f"choose the target {Target.TENSORRT}"
+                )
+            if self.plans.compatibility is not Compatibility.NONE:
+                raise ConfigError(
+                    f"recipe {self.name}: tensorrt.compatibility is {self.plans.compatibility}, which TensorRT-RTX has not: "
+                    "name each chip in tensorrt.compute_capabilities"
+                )
+            served, note = (
+                CAPABILITIES,
+                (" (7.5 lacks fp32 products; 9.0 and 10.0, the data-centre chips, need the target tensorrt)"),
+            )
+        else:
+            served, note = PLUGIN_CAPABILITIES, ""
+            if with_plugins and self.plans.compatibility is Compatibility.AMPERE_PLUS:
+                raise ConfigError(
+                    f"recipe {self.name}: tensorrt.compatibility is ampere_plus, and our kernels in a plan are those of one "
+                    "chip: set tensorrt.mechanisms to operators, or leave compatibility out"
+                )
+            if len(given) != 1:
+                raise ConfigError(
+                    f"recipe {self.name}: tensorrt.compute_capabilities is {list(given)}: the target {self.target} builds on "
+                    "the GPU that will run the plan: name that one's"
+                )
+        for capability in given:
+            if capability not in served:
+                raise ConfigError(
+                    f"recipe {self.name}: tensorrt.compute_capabilities has {capability!r}: the target {self.target} serves "
+                    f"{', '.join(served)}{note}"
+                )
+
     @property
     def plans(self) -> TensorRT:
         """Settings of the TensorRT targets."""
@@ -155,8 +234,10 @@ class Recipe:
     def record(self) -> dict[str, object]:
         """What a manifest says of it: without the settings of other targets."""
         found = dataclasses.asdict(self)
-        if self.target is Target.ONNXRUNTIME_CPU:
+        if self.target not in ON_TENSORRT:
             del found["tensorrt"]
+        if self.target is not Target.ONNXRUNTIME_CUDA:
+            del found["provider"]
         return found
 
     @property

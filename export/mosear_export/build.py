@@ -1,6 +1,5 @@
 """Stage ONNX folder to engine folder, for the target of a recipe."""
 
-import platform
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -8,19 +7,19 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime
 from onnx import numpy_helper
 from safetensors.numpy import load_file, save_file
 
-from mosear.artifacts import Draft, Manifest, existing, file_hash, publish
-from mosear.backends import onnxruntime_cpu
+from mosear.artifacts import CONFIG, HEADS, TOKENIZER, Draft, Manifest, existing, publish
 from mosear.backends.onnxruntime_cpu import OnnxRuntimeBackend, optimise
 from mosear.config import ModelConfig
 from mosear.contract import DECODER, Tensors, parts
-from mosear.engine import CONFIG, HEADS, KIND, TOKENIZER, load_heads
+from mosear.engine import KIND, load_heads
 from mosear.errors import EngineError
-from mosear.recipe import Heads, Precision, Recipe
-from mosear_export import export, fuse, golden, pack, plain, quantise
+from mosear.hashes import HashOf, file_hash
+from mosear.recipe import Heads, Precision, Recipe, Target
+from mosear_export import export, fuse, golden, pack, quantise
+from mosear_export.inputs import engine_inputs
 
 Report = Callable[[str], None]
 # Largest root mean square error of a part's golden outputs, relative to theirs. Golden inputs are words in random order,
@@ -28,33 +27,21 @@ Report = Callable[[str], None]
 GOLDEN_TOLERANCE = {Precision.FP32: 2e-4, Precision.INT8: 0.5}
 
 
-def inputs_of(recipe: Recipe, source: Manifest) -> dict[str, object]:
-    """All that decides what an engine is."""
-    return {
-        "onnx": source.files,
-        "recipe": recipe.record(),
-        "code": {
-            module.__name__: file_hash(Path(str(module.__file__)))
-            for module in (fuse, pack, plain, quantise, onnxruntime_cpu)
-        },
-        "onnxruntime": onnxruntime.__version__,
-        "machine": platform.machine(),
-        "processor": processor(),
-    }
-
-
-def build_engine(recipe: Recipe, onnx_folder: Path, root: Path, report: Report) -> Path:
+def build_engine(
+    recipe: Recipe, onnx_folder: Path, root: Path, report: Report, *, hash_of: HashOf | None = None
+) -> Path:
     """Build an engine below `root`, or find it there; returns its folder.
 
+    hash_of: as for `existing`.
     Raises EngineError where the ONNX folder was altered, or an engine's golden outputs are not the reference's.
     """
     remedy = "export it again with `python export/export_onnx.py`"
     source = Manifest.load(onnx_folder, kind=export.KIND, remedy=remedy)
-    inputs = inputs_of(recipe, source)
-    if found := existing(root, kind=KIND, name=recipe.name, inputs=inputs):
+    inputs = engine_inputs(recipe, source)
+    if found := existing(root, kind=KIND, name=recipe.name, inputs=inputs, hash_of=hash_of):
         report(f"engine: {found} is fresh")
         return found
-    source.verify(onnx_folder, remedy=remedy)
+    source.verify(onnx_folder, remedy=remedy, hash_of=hash_of or file_hash)
     with publish(root, kind=KIND, name=recipe.name, inputs=inputs) as draft:
         _compile(recipe, onnx_folder, draft, report)
         draft.notes["golden"] = check_golden(recipe, onnx_folder, draft.folder, report)
@@ -71,7 +58,7 @@ def _compile(recipe: Recipe, onnx_folder: Path, draft: Draft, report: Report) ->
         report(f"engine: {name} ({index} of {len(table)})")
         source = onnx_folder / f"{name}.onnx"
         if name != DECODER:
-            optimise(source, draft.folder / source.name)
+            _finish(recipe, source, draft.folder / source.name)
             continue
         model, heads = prepare_decoder(onnx.load(source), config, recipe, load_heads(onnx_folder / HEADS))
         if heads:
@@ -80,7 +67,17 @@ def _compile(recipe: Recipe, onnx_folder: Path, draft: Draft, report: Report) ->
         with tempfile.TemporaryDirectory(dir=draft.folder.parent, prefix=".build-") as aside:
             path = Path(aside, source.name)
             onnx.save_model(model, path, save_as_external_data=True, location=f"{path.name}.data", size_threshold=1024)
-            optimise(path, draft.folder / source.name)
+            _finish(recipe, path, draft.folder / source.name)
+
+
+def _finish(recipe: Recipe, source: Path, target: Path) -> None:
+    """Optimised for this machine's processor; for a GPU as it is, to be optimised where it is loaded."""
+    if recipe.target is Target.ONNXRUNTIME_CPU:
+        optimise(source, target)
+        return
+    for file in (source, source.with_name(f"{source.name}.data")):
+        if file.exists():
+            shutil.copyfile(file, target.with_name(file.name))
 
 
 def prepare_decoder(
@@ -131,12 +128,3 @@ def _run(backend: OnnxRuntimeBackend, part: str, inputs: Tensors) -> Tensors:
     for name, cache in state.cache.items():
         np.copyto(cache, inputs.pop(name))
     return state.step(inputs)
-
-
-def processor() -> str:
-    """The processor's model name: optimised graphs hold layouts that are right for it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")

@@ -12,12 +12,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mosear.artifacts import Manifest, folder_hashes, key_of
+from mosear.artifacts import CHECKPOINT, CONFIG, TOKENIZER, Manifest, folder_hashes, key_of
 from mosear.config import ModelConfig
 from mosear.errors import CheckpointError, EngineError
+from mosear.hashes import HashOf, file_hash
 
-KIND = "checkpoint"
-CONFIG, TOKENIZER = "config.json", "tokenizer.json"
+KIND = CHECKPOINT
 REMEDY = "copy the folder anew from where it was made"
 
 
@@ -30,11 +30,11 @@ class Checkpoint:
     hashes: dict[str, str]
 
     @classmethod
-    def open(cls, folder: Path) -> Self:
+    def open(cls, folder: Path, *, hash_of: HashOf = file_hash) -> Self:
         """Check the manifest and read the configuration; raises CheckpointError or ConfigError."""
         try:
             manifest = Manifest.load(folder, kind=KIND, remedy=REMEDY)
-            manifest.verify(folder, remedy=REMEDY)
+            manifest.verify(folder, remedy=REMEDY, hash_of=hash_of)
         except EngineError as error:
             raise CheckpointError(str(error)) from error
         return cls(folder=folder, config=ModelConfig.load(folder / CONFIG), hashes=manifest.files)

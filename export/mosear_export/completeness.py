@@ -6,8 +6,8 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
+from mosear.artifacts import HEADS
 from mosear.contract import parts
-from mosear.engine import HEADS
 from mosear.errors import EngineError
 from mosear_export.model.whole import ReferenceModel
 

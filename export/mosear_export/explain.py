@@ -3,19 +3,13 @@
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from mosear.artifacts import Manifest
+from mosear.artifacts import ONNX, Manifest, existing
+from mosear.backends.tensorrt_builder import MODULES, PLAN, PLANS
 from mosear.engine import REMEDY, EngineFolder
-from mosear.recipe import Recipe, Target
-from mosear_export import build, build_tensorrt, export
+from mosear.recipe import Recipe
+from mosear_export.inputs import engine_inputs, plan_inputs
 
 MISSING = "nothing"
-
-
-def engine_inputs(recipe: Recipe, source: Manifest) -> dict[str, object]:
-    """What an engine of this recipe would be made from."""
-    if recipe.target is Target.ONNXRUNTIME_CPU:
-        return build.inputs_of(recipe, source)
-    return build_tensorrt.inputs_of(recipe, source)
 
 
 def explain(folder: Path, onnx_folder: Path, recipe_path: Path | None) -> Iterator[str]:
@@ -25,7 +19,7 @@ def explain(folder: Path, onnx_folder: Path, recipe_path: Path | None) -> Iterat
     """
     engine = EngineFolder(folder)
     recipe = Recipe.load(recipe_path) if recipe_path else engine.recipe
-    source = Manifest.load(onnx_folder, kind=export.KIND, remedy="export it with `python export/export_onnx.py`")
+    source = Manifest.load(onnx_folder, kind=ONNX, remedy="export it with `python export/export_onnx.py`")
     found = engine_inputs(recipe, source)
     differences = list(differing(engine.manifest.inputs, found))
     for name, was, now in differences:
@@ -42,15 +36,15 @@ def explain(folder: Path, onnx_folder: Path, recipe_path: Path | None) -> Iterat
 
 def _plans(folder: Path, engine: EngineFolder, recipe: Recipe, source: Manifest) -> Iterator[str]:
     """Of a TensorRT engine, which plans would be built: the others are linked as they are."""
-    if recipe.target is not Target.TENSORRT_RTX:
+    if recipe.target not in MODULES:
         return
-    root = folder.resolve().parent / build_tensorrt.PLANS
+    root = folder.resolve().parent / PLANS
     fresh: list[str] = []
     stale: list[str] = []
     for file in sorted(engine.manifest.files):
         if file.endswith(".plan"):
             part = file.removesuffix(".plan")
-            found = build_tensorrt.find_plan(recipe, source, root, part)
+            found = existing(root, kind=PLAN, name=part, inputs=plan_inputs(recipe, source, part))
             (fresh if found else stale).append(part)
     yield f"plans to build: {', '.join(stale) or 'none'}; plans that stay: {', '.join(fresh) or 'none'}"
 

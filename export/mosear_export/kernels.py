@@ -5,8 +5,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mosear.artifacts import MANIFEST, existing, file_hash, folder_hashes, publish
+from mosear.artifacts import MANIFEST, existing, folder_hashes, publish
 from mosear.errors import ConfigError
+from mosear.hashes import file_hash
 
 KIND, NAME = "kernels", "kernels"
 # Of a row of the catalogue, what is not the same in every run.

@@ -8,7 +8,7 @@ it makes there anyway. So a residual sum cannot overflow in fp16, and the plan h
 rounded to 16 bits, the products themselves are in fp32, as tensor cores sum.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import ml_dtypes
@@ -35,6 +35,8 @@ class Weight:
     value: NDArray[np.float32]
 
 
+# Of a custom operator, by its type: which inputs and which outputs are numbers of a product.
+Typed = Mapping[str, tuple[Sequence[bool], Sequence[bool]]]
 # From a weight's name, numbers and the name of its form in 16 bits; None leaves it in 16 bits.
 Quantise = Callable[[str, NDArray[np.float32], str], Weight | None]
 
@@ -43,9 +45,16 @@ class Narrow:
     """One model's change to 16 bits."""
 
     def __init__(
-        self, model: ModelProto, kind: str, *, stored: Collection[str], quantise: Quantise | None, emulate: bool
+        self,
+        model: ModelProto,
+        kind: str,
+        *,
+        stored: Collection[str],
+        quantise: Quantise | None,
+        typed: Typed,
+        emulate: bool,
     ) -> None:
-        self.model, self.kind, self.stored, self.quantise = model, kind, set(stored), quantise
+        self.model, self.kind, self.stored, self.quantise, self.typed = model, kind, set(stored), quantise, typed
         self.emulate = emulate
         self.weights = {tensor.name: tensor for tensor in model.graph.initializer}
         self.inputs = {value.name for value in model.graph.input}
@@ -60,8 +69,12 @@ class Narrow:
                 value.type.tensor_type.elem_type = SIXTEEN[self.kind]
         self.made |= {value.name: value.name for value in self.model.graph.input if value.name in self.stored}
         for node in self.model.graph.node:
-            if self.is_product(node):
+            if node.domain and node.op_type in self.typed:
+                self.custom(node)
+            elif self.is_product(node):
                 self.product(node)
+            elif node.op_type == "Shape" and node.input[0] not in self.weights:
+                self.size(node)
             elif node.op_type in VIEWS and node.input[0] in self.made and node.input[0] not in self.weights:
                 self.view(node)
             else:
@@ -92,6 +105,28 @@ class Narrow:
         if self.emulate:
             node.output[0] = f"{name}.exact"
             self.nodes += self.round(node.output[0], self.made[name])
+
+    def custom(self, node: NodeProto) -> None:
+        """Each tensor as the operator's kernels take it or give it."""
+        inputs, outputs = self.typed[node.op_type]
+        for at, (name, narrow) in enumerate(zip(node.input, inputs, strict=True)):
+            node.input[at] = self.narrow(name) if narrow else self.widen(name)
+        self.nodes.append(node)
+        for at, (name, narrow) in enumerate(zip(list(node.output), outputs, strict=True)):
+            if not narrow:
+                self.wide.add(name)
+                continue
+            self.made[name] = f"{name}.{self.kind}"
+            node.output[at] = self.made[name]
+            if self.emulate:
+                node.output[at] = f"{name}.exact"
+                self.nodes += self.round(node.output[at], self.made[name])
+
+    def size(self, node: NodeProto) -> None:
+        """The shape of a tensor is the same in any type."""
+        node.input[0] = self.made.get(node.input[0], node.input[0])
+        self.wide.update(node.output)
+        self.nodes.append(node)
 
     def view(self, node: NodeProto) -> None:
         """What moves numbers and computes nothing moves them in 16 bits."""
@@ -174,10 +209,11 @@ def narrow(
     *,
     stored: Collection[str] = (),
     quantise: Quantise | None = None,
+    typed: Typed | None = None,
     emulate: bool = False,
 ) -> None:
     """Change a model without functions in place. kind: fp16 or bf16; stored: graph inputs and outputs in 16 bits.
 
-    emulate: all tensors stay in fp32, with the roundings that 16 bits bring.
+    typed: custom operators that the model calls. emulate: all tensors stay in fp32, with the roundings that 16 bits bring.
     """
-    Narrow(model, kind, stored=stored, quantise=quantise, emulate=emulate).run()
+    Narrow(model, kind, stored=stored, quantise=quantise, typed=typed or {}, emulate=emulate).run()

@@ -31,7 +31,16 @@ from mosear.kernels.reallocated_attention.decode_launches import MAX_SHARED
 from mosear.kernels.reallocated_attention.plugin import ATTENTION_FINISH, ATTENTION_SPLIT
 from mosear.kernels.reallocated_attention.plugin import OPS as ATTENTION_OPS
 from mosear_export.fuse import replace_nodes
-from mosear_export.ops import ATTENTION, ATTENTION_INPUTS, DOMAIN, EXPERTS, EXPERTS_INPUTS
+from mosear_export.narrow import Typed
+from mosear_export.ops import (
+    ATTENTION,
+    ATTENTION_INPUTS,
+    ATTENTION_OUTPUTS,
+    DOMAIN,
+    EXPERTS,
+    EXPERTS_INPUTS,
+    EXPERTS_OUTPUTS,
+)
 from mosear_export.ops import VERSION as DOMAIN_VERSION
 
 ELEMENTS = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
@@ -112,6 +121,18 @@ def register_schemas() -> None:
                 attributes=[OpSchema.Attribute(n, _ATTRIBUTE_TYPES[t], "", required=True) for n, t in types.items()],
             )
         )  # fmt: skip
+
+
+def typed_operators() -> Typed:
+    """Of plugin nodes, and of the nodes that they stand for: which tensors are activations."""
+    ops = (*ATTENTION_OPS, *EXPERTS_OPS)
+    activations = {name for op in ops for name, kind in (*op.inputs.items(), *op.outputs.items()) if kind is Kind.DATA}
+    found = {op.name: (op.inputs, op.outputs) for op in ops}
+    whole = {ATTENTION: (ATTENTION_INPUTS, ATTENTION_OUTPUTS), EXPERTS: (EXPERTS_INPUTS, EXPERTS_OUTPUTS)}
+    return {
+        name: ([n in activations for n in inputs], [n in activations for n in outputs])
+        for name, (inputs, outputs) in {**found, **whole}.items()
+    }
 
 
 class _Writer:

@@ -8,13 +8,15 @@ from pathlib import Path
 import onnx
 from onnx import ModelProto
 
-from mosear.backends import tensorrt_builder
+from mosear.artifacts import CONFIG
+from mosear.backends.tensorrt_builder import MODULES, RTX
+from mosear.backends.tensorrt_load import INSTALL, first_device, unusable
 from mosear.config import ModelConfig
 from mosear.config import Target as Linear
 from mosear.contract import DECODER, parts
-from mosear.engine import CONFIG
-from mosear.recipe import Recipe, Target
-from mosear_export import masked, pack
+from mosear.errors import EngineError
+from mosear.recipe import ON_TENSORRT, Mechanisms, Recipe, Target
+from mosear_export import masked, pack, plugin_flavour
 from mosear_export.ops import DOMAIN
 
 ROWS_OF_A_REPORT = 3
@@ -42,7 +44,11 @@ def preflight(recipe: Recipe, onnx_folder: Path) -> list[Finding]:
     config = ModelConfig.load(onnx_folder / CONFIG)
     found = [*_shapes(recipe, config)]
     if recipe.target is Target.TENSORRT_RTX:
-        found += [*_operators(onnx_folder, config), *_memory(recipe, config), *_library()]
+        found += [*_operators(onnx_folder, config), *_memory(recipe, config)]
+    if recipe.target is Target.TENSORRT:
+        found += [*_gpu(recipe), *_plugins(recipe, config)]
+    if recipe.target in ON_TENSORRT:
+        found += _library(recipe)
     return sorted(found, key=lambda finding: not finding.stops)
 
 
@@ -53,7 +59,7 @@ def _shapes(recipe: Recipe, config: ModelConfig) -> Iterator[Finding]:
             where="limits", problem=f"prompt and answer together exceed the model's {longest} positions",
             mend="lower limits.prompt_tokens or limits.new_tokens",
         )  # fmt: skip
-    if recipe.target is not Target.TENSORRT_RTX:
+    if recipe.target not in ON_TENSORRT:
         return
     plans = recipe.plans
     if plans.capacity > longest:
@@ -75,9 +81,9 @@ def _shapes(recipe: Recipe, config: ModelConfig) -> Iterator[Finding]:
 
 
 def _operators(onnx_folder: Path, config: ModelConfig) -> Iterator[Finding]:
-    if not tensorrt_builder.installed(tensorrt_builder.RTX):
+    if unusable(RTX):
         return
-    trt = importlib.import_module(tensorrt_builder.RTX)
+    trt = importlib.import_module(RTX)
     logger = trt.Logger(trt.Logger.ERROR)
     builder = trt.Builder(logger)
     parser = trt.OnnxParser(builder.create_network(0), logger)
@@ -119,9 +125,32 @@ def memory_mb(config: ModelConfig) -> int:
     return round(BASE_MB + PER_WEIGHT_BYTE * weights / 1e6 + PER_LAYER_MB * backbone.layers)
 
 
-def _library() -> Iterator[Finding]:
-    if not tensorrt_builder.installed(tensorrt_builder.RTX):
+def _library(recipe: Recipe) -> Iterator[Finding]:
+    module = MODULES[recipe.target]
+    if why := unusable(module):
+        yield Finding(where="this environment", problem=why, mend=INSTALL[module])
+
+
+def _gpu(recipe: Recipe) -> Iterator[Finding]:
+    """TensorRT itself builds on the GPU that will run the plan."""
+    (wanted,), device = recipe.plans.compute_capabilities, first_device()
+    if device.compute_capability is None:
         yield Finding(
-            where="this environment", problem=f"{tensorrt_builder.RTX} is not installed",
-            mend=tensorrt_builder.INSTALL[tensorrt_builder.RTX],
+            where="this machine", problem=device.reason,
+            mend=f"build on a machine with a GPU of compute capability {wanted}",
         )  # fmt: skip
+    elif device.compute_capability != wanted:
+        yield Finding(
+            where="tensorrt.compute_capabilities", problem=f"{wanted} is wanted, this GPU is {device.compute_capability}",
+            mend="name this one's, or build on the other",
+        )  # fmt: skip
+
+
+def _plugins(recipe: Recipe, config: ModelConfig) -> Iterator[Finding]:
+    """Sizes that our kernels serve."""
+    if recipe.plans.mechanisms is not Mechanisms.PLUGINS:
+        return
+    try:
+        plugin_flavour.check(config)
+    except EngineError as error:
+        yield Finding(where=DECODER, problem=str(error), mend="set tensorrt.mechanisms to operators")

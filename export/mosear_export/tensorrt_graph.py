@@ -15,6 +15,7 @@ from mosear.recipe import Heads, Precision, Recipe
 from mosear_export import fuse, pack
 from mosear_export.masked import attend_masked
 from mosear_export.narrow import Quantise, Weight, narrow
+from mosear_export.plugin_flavour import plugin_flavour, typed_operators
 
 BLOCK = 128  # int4 weights of a column that share a scale
 KEPT = {"own_group"}  # constants of a product that are no weights
@@ -40,6 +41,29 @@ def prepare_decoder(
     stored = {name for pair in part.state for name in pair} | {name for name in heads if name.endswith(HEAD_MATRICES)}
     _keep_inputs(model, used)
     narrow(model, kind(recipe), stored=stored, quantise=quantiser(recipe), emulate=emulate)
+    _name_by_layer(model)
+    return model, heads
+
+
+def prepare_plugin_decoder(
+    model: ModelProto, config: ModelConfig, recipe: Recipe, heads: Tensors, part: Part, *, emulate: bool = False
+) -> tuple[ModelProto, Tensors]:
+    """The decoder with its mechanisms as plugin nodes, which take and give 16 bits; heads as the contract has them.
+
+    emulate: the mechanisms stay functions, between roundings, so that any runtime can run it.
+    """
+    if not emulate:
+        model = plugin_flavour(model, config)
+    _share_constants(model)
+    used = _drop_dead(model)
+    heads = {name: value for name, value in heads.items() if name in used}
+    if recipe.heads is Heads.BAKED:
+        model.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in heads.items())
+        used -= heads.keys()
+        heads = {}
+    stored = {name for pair in part.state for name in pair} | {name for name in heads if name.endswith(HEAD_MATRICES)}
+    _keep_inputs(model, used)
+    narrow(model, kind(recipe), stored=stored, typed=typed_operators(), emulate=emulate)
     _name_by_layer(model)
     return model, heads
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import onnx
 import torch
+from onnx_ir import external_data
 from torch import Tensor, nn
 
 from mosear.config import ModelConfig
@@ -64,9 +65,13 @@ def export_part(model: ReferenceModel, part: Part, path: Path) -> None:
             verbose=False,
         )
     assert program is not None
+    # Weights go to their file one by one: a model that lies in mapped files is never whole in memory.
+    program.model = external_data.unload_from_model(
+        program.model, path.parent, f"{path.name}.data", size_threshold_bytes=1024
+    )
     proto = program.model_proto
     finish(proto, part, model.config)
-    onnx.save_model(proto, path, save_as_external_data=True, location=f"{path.name}.data", size_threshold=1024)
+    onnx.save_model(proto, path)
     onnx.checker.check_model(path)
 
 

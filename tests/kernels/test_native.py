@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from mosear.artifacts import MANIFEST, file_hash
+from mosear.artifacts import MANIFEST
+from mosear.hashes import file_hash
 from mosear_export.kernels import export_kernels
 
 ROOT, HERE = Path(__file__).parents[2], Path(__file__).parent

@@ -8,15 +8,22 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import bindings
 import numpy as np
 import pytest
 
-from mosear.artifacts import file_hash
+from mosear.artifacts import Draft
+from mosear.backends.tensorrt_builder import Built
+from mosear.backends.tensorrt_plan import Plan
+from mosear.hashes import file_hash
 from mosear.kernels.chips import chip_of
 from mosear.kernels.modality_experts import launches as experts
 from mosear.kernels.reallocated_attention.decode_launches import TABLE, splits_for
+from mosear.recipe import Target
+from mosear_export import build_tensorrt
 from mosear_export.kernels import export_kernels
 
 ROOT, VERSION = Path(__file__).parents[2], "10.14.1"  # of the headers, and of the stand-in for the library
@@ -90,6 +97,17 @@ def test_plugin_links_none_of_tensorrts_libraries(built: Path) -> None:
     assert "libmosear_kernels.so" in found.stdout and "nvinfer" not in found.stdout
 
 
+def described(version: str, *chips: str, target: Target = Target.TENSORRT) -> dict[str, object]:
+    """What `mosear build` notes of a plan."""
+    plan, draft = Plan(chips=chips, size=1280, programs=()), Draft(folder=Path(), notes={})
+    built = Built(seconds=1, memory_mb=1, version=version, inputs={}, outputs={}, profiles=(), plan=plan, read_back={})
+    asked: Any = SimpleNamespace(
+        target=target, plans=SimpleNamespace(compute_capabilities=chips)
+    )  # as far as it is read
+    build_tensorrt._describe(draft, built, asked)
+    return draft.notes
+
+
 class EngineDir:
     """An engine folder as the runner sees it: a plan and its manifest."""
 
@@ -98,7 +116,7 @@ class EngineDir:
         self.plan.write_bytes(bytes(range(256)) * 5)
         self.manifest = {
             "kind": "engine", "format": 1, "files": {"decoder.plan": file_hash(self.plan)},
-            "notes": {"plans": {"decoder.plan": {"tensorrt": VERSION, "capabilities": [86, 90]}}},
+            "notes": {"plans": {"decoder.plan": described(f"{VERSION}.1", "8.6", "9.0")}},
         }  # fmt: skip
 
     def run(self, built: Path, *, capability: int = 90, libraries: Path | None = None, manifest: str = "") -> str:
@@ -132,11 +150,13 @@ def test_an_altered_or_cut_plan_is_refused(built: Path, engine: EngineDir) -> No
 @needs_headers
 def test_a_foreign_plan_is_refused(built: Path, engine: EngineDir, tmp_path: Path) -> None:
     """Another chip, another TensorRT, a folder of another kind, a manifest that does not know it."""
-    assert "decoder.plan is for compute capability 86, 90, this device is 89" in engine.run(built, capability=89)
+    assert "decoder.plan is for compute capability 8.6, 9.0, this device is 8.9" in engine.run(built, capability=89)
     kept = engine.manifest["kind"]
     engine.manifest["kind"] = "onnx"
     assert "manifest.json holds 'onnx', not an engine of format 1" in engine.run(built)
     engine.manifest["kind"] = kept
+    engine.manifest["notes"] = {"plans": {"decoder.plan": described("1.7.1.116", "9.0", target=Target.TENSORRT_RTX)}}
+    assert "decoder.plan is a plan of tensorrt_rtx, not of tensorrt" in engine.run(built)
     engine.manifest["files"] = {}
     assert "manifest.json does not describe decoder.plan" in engine.run(built)
     assert "manifest.json cannot be read (no JSON at byte 1)" in engine.run(built, manifest="{]")
@@ -151,8 +171,8 @@ def test_tensorrt_is_asked_last(built: Path, engine: EngineDir, tmp_path: Path) 
     done = call(str(bindings.COMPILER), "-shared", "-fPIC", "-o", tmp_path / "libnvinfer.so.10", source)
     assert done.returncode == 0, done.stderr
     assert "no context: the driver says status 100" in engine.run(built)
-    engine.manifest["notes"] = {"plans": {"decoder.plan": {"tensorrt": "11.4.0", "capabilities": [90]}}}
-    assert f"decoder.plan was built by TensorRT 11.4.0, here is {VERSION}" in engine.run(built)
+    engine.manifest["notes"] = {"plans": {"decoder.plan": described("11.4.0.106", "9.0")}}
+    assert f"decoder.plan was built by TensorRT 11.4.0.106, here is {VERSION}" in engine.run(built)
 
 
 @needs_headers

@@ -4,7 +4,7 @@ One code for the modules `tensorrt` (10, 11) and `tensorrt_rtx`; what the child 
 """
 
 import collections
-import importlib.util
+import dataclasses
 import json
 import re
 import signal
@@ -15,15 +15,19 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from mosear.backends.tensorrt_plan import Plan, read_plan
+from mosear.backends.tensorrt_load import INSTALL, unusable
+from mosear.backends.tensorrt_plan import Plan, inspected_plan, read_plan
 from mosear.contract import Part
 from mosear.errors import EngineError
+from mosear.recipe import Target
 
 Say = Callable[[str], None]
 Range = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # smallest, usual, largest shape
-RTX = "tensorrt_rtx"
-INSTALL = {RTX: "pip install 'mosear-engine[rtx]'", "tensorrt": "pip install tensorrt"}
+RTX, TENSORRT = "tensorrt_rtx", "tensorrt"
+MODULES = {Target.TENSORRT_RTX: RTX, Target.TENSORRT: TENSORRT}  # of the targets whose parts are plans
+PLAN, PLANS = "plan", "plans"  # kind of a plan's folder; below the engines
 KEPT_LINES = 6  # of a log, in an error
 
 # What the builder says, and what that means.
@@ -51,6 +55,15 @@ PLAIN_WORDS = (
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Plugins:
+    """Our kernels, which a graph's nodes name: a module with a function `register(arch, multiprocessors)`."""
+
+    module: str
+    arch: int
+    multiprocessors: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
     """One plan to build: from a graph, with the ranges of its dynamic inputs for each profile."""
 
@@ -59,8 +72,11 @@ class Job:
     plan: Path
     profiles: tuple[Mapping[str, Range], ...]
     compute_capabilities: tuple[str, ...]
-    memory_mb: int
+    memory_mb: int  # of this machine (RTX), or of the GPU
     module: str = RTX
+    plugins: Plugins | None = None
+    compatibility: str = "none"
+    timing_cache: Path | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +88,9 @@ class Built:
     version: str
     inputs: dict[str, list[object]]  # name: type and shape
     outputs: dict[str, list[object]]
+    profiles: tuple[Mapping[str, Range], ...]
     plan: Plan
+    read_back: dict[str, object]  # what the plan says of itself, where there is a GPU to ask it
 
 
 @dataclass(slots=True)
@@ -85,25 +103,25 @@ class _Told:
     built: dict[str, object] | None = None
 
 
-def installed(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
-
-
 def build_plan(job: Job, say: Say) -> Built:
     """Build one plan; raises EngineError naming part, chips and the builder's last words. A failed build leaves no file."""
-    if not installed(job.module):
-        raise EngineError(f"{job.module} is not installed, which builds this target: {INSTALL[job.module]}")
+    if why := unusable(job.module):
+        raise EngineError(f"{why}, which builds this target: {INSTALL[job.module]}")
     started = time.monotonic()
     try:
         told, status, crash = _run(job, say)
         _judge(job, told, status, crash)
         assert told.built is not None, "a build without a result was judged"
-        plan = read_plan(job.plan)
+        read_back = _judged(job, told.built.pop("read_back"))
+        layers = read_back.pop("layers", None)
+        plan = read_plan(job.plan) if job.module == RTX else inspected_plan(job.plan, layers, job.compute_capabilities)
     except BaseException:
         job.plan.unlink(missing_ok=True)
         raise
     told.built.pop("built")
-    return Built(seconds=time.monotonic() - started, plan=plan, **told.built)  # type: ignore[arg-type]  # from JSON
+    facts: dict[str, Any] = told.built  # from JSON
+    seconds = time.monotonic() - started
+    return Built(seconds=seconds, profiles=job.profiles, plan=plan, read_back=read_back, **facts)
 
 
 def _run(job: Job, say: Say) -> tuple[_Told, int, str]:
@@ -113,7 +131,9 @@ def _run(job: Job, say: Say) -> tuple[_Told, int, str]:
         description, errors = Path(aside, "job.json"), Path(aside, "errors")
         description.write_text(json.dumps({
             "module": job.module, "onnx": str(job.onnx), "plan": str(job.plan), "memory_mb": job.memory_mb,
-            "compute_capabilities": job.compute_capabilities, "profiles": job.profiles,
+            "compute_capabilities": job.compute_capabilities if job.module == RTX else (), "profiles": job.profiles,
+            "plugins": dataclasses.asdict(job.plugins) if job.plugins else None, "compatibility": job.compatibility,
+            "timing_cache": str(job.timing_cache) if job.timing_cache else None,
         }))  # fmt: skip
         command = [sys.executable, "-m", "mosear.backends.tensorrt_child", str(description)]
         with errors.open("wb") as stderr, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr) as child:
@@ -159,6 +179,8 @@ def _judge(job: Job, told: _Told, status: int, crash: str) -> None:
         errors = [str(error) for error in _listed(told.refused.get("errors"))]
         if told.refused["refused"] == "disk":
             raise EngineError(f"{where}: the plan cannot be written to {job.plan.parent}: {errors[0]}: free some space")
+        if told.refused["refused"] == "library":
+            raise EngineError(f"{where}: {job.module} cannot be loaded ({errors[0]}): {INSTALL.get(job.module, '')}")
         raise EngineError(f"{where} cannot be built: {_plain([*errors, *said], job)}")
     if status < 0:
         name = signal.Signals(-status).name
@@ -171,6 +193,16 @@ def _judge(job: Job, told: _Told, status: int, crash: str) -> None:
             f"{where}: TensorRT ignores the input{'s' * (len(told.unused) > 1)} {', '.join(told.unused)}: the plan would"
             " answer as if nothing were given there. Leave it out of the graph, or use it"
         )
+
+
+def _judged(job: Job, read_back: object) -> dict[str, object]:
+    """What a plan said of itself when it was read back; raises EngineError where that is not what was asked for."""
+    found = dict(read_back) if isinstance(read_back, Mapping) else {}
+    wanted = {"compatibility": job.compatibility, "profiles": max(1, len(job.profiles))}
+    for name, value in wanted.items() if found else ():
+        if found[name] != value:
+            raise EngineError(f"{job.part}: {name} of the plan is {found[name]}, {value} was asked for: report this")
+    return found
 
 
 def _listed(value: object) -> Iterable[object]:

@@ -5,14 +5,18 @@ same process. The job is a JSON file; what happens is told on standard output, a
 `progress` (phase, step, steps), at the end `built` or `refused`. Written against what tensorrt 10, 11 and tensorrt_rtx share.
 """
 
+import ctypes
 import importlib
 import json
+import os
 import resource
+import signal
 import sys
 from pathlib import Path
 from typing import Any
 
 Trt = Any  # the module tensorrt or tensorrt_rtx: neither has types
+PR_SET_PDEATHSIG = 1
 CPU_ONLY_NOISE = ("cudaError 35", "has Int64 binding", "Cuda Runtime (")  # said of every build without a driver
 
 
@@ -22,12 +26,20 @@ def tell(**said: object) -> None:
 
 def build(job: dict[str, Any]) -> int:  # Any: JSON
     """Build a plan; 0 where it was, 1 where the builder refused (and said why in its log)."""
-    bound = job["memory_mb"] << 20
-    resource.setrlimit(resource.RLIMIT_DATA, (bound, bound))  # what it allocates, not what it maps of files
-    trt = importlib.import_module(job["module"])
+    try:
+        trt = importlib.import_module(job["module"])
+    except ImportError as error:
+        tell(refused="library", errors=[str(error)])
+        return 1
+    on_gpu = job["module"] == "tensorrt"
+    if not on_gpu:
+        bound = job["memory_mb"] << 20
+        resource.setrlimit(resource.RLIMIT_DATA, (bound, bound))  # what it allocates, not what it maps of files
+    if job["plugins"]:  # before the parser sees nodes of their names
+        importlib.import_module(job["plugins"].pop("module")).register(**job["plugins"])
     logger, monitor = _logger(trt), _monitor(trt)
     builder = trt.Builder(logger)
-    network = builder.create_network(0)  # strongly typed from tensorrt 11 on; in 10 by a flag
+    network = builder.create_network(network_flags(trt))
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(job["onnx"]):
         errors = [parser.get_error(i) for i in range(parser.num_errors)]
@@ -36,7 +48,9 @@ def build(job: dict[str, Any]) -> int:  # Any: JSON
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # names of ONNX nodes in the plan
     config.progress_monitor = monitor
-    if job["compute_capabilities"]:
+    if on_gpu:
+        configure(trt, config, job)
+    else:
         _target(trt, config, job["compute_capabilities"])
     for ranges in job["profiles"]:
         profile = builder.create_optimization_profile()
@@ -45,7 +59,62 @@ def build(job: dict[str, Any]) -> int:  # Any: JSON
         if config.add_optimization_profile(profile) < 0:
             tell(refused="profile", errors=[f"the builder does not take the profile {ranges}"])
             return 1
-    return _write(trt, builder, network, config, Path(job["plan"]))
+    status = _write(trt, builder, network, config, Path(job["plan"]))
+    if status:
+        return status
+    if on_gpu and job["timing_cache"]:
+        _keep_timings(config, Path(job["timing_cache"]))
+    read_back = _read_back(trt, logger, Path(job["plan"])) if on_gpu else {}
+    if read_back is None:
+        tell(refused="read back", errors=["the plan that was built cannot be loaded again"])
+        return 1
+    size = Path(job["plan"]).stat().st_size
+    tell(built=size, version=trt.__version__, memory_mb=_peak_mb(), read_back=read_back, **_tensors(network))
+    return 0
+
+
+def network_flags(trt: Trt) -> int:
+    """Types as the graph has them: a flag in tensorrt 10, taken and ignored in 11. Plugins ahead of time, where there are any."""
+    known = trt.NetworkDefinitionCreationFlag.__members__
+    wanted = ("STRONGLY_TYPED", "PREFER_AOT_PYTHON_PLUGINS")
+    return sum(1 << int(known[name]) for name in wanted if name in known)
+
+
+def configure(trt: Trt, config: Trt, job: dict[str, Any]) -> None:  # Any: JSON
+    """What tensorrt is told and tensorrt_rtx is not: memory of the GPU, compatibility, timings of earlier builds."""
+    config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, job["memory_mb"] << 20)
+    level = trt.HardwareCompatibilityLevel.__members__[job["compatibility"].upper()]
+    config.hardware_compatibility_level = level
+    if not job["timing_cache"]:
+        return
+    path = Path(job["timing_cache"])
+    known = path.read_bytes() if path.exists() else b""
+    if not config.set_timing_cache(config.create_timing_cache(known), False):  # of another GPU or version, or damaged
+        tell(log=["WARNING", f"{path} is of another GPU or TensorRT: timings are taken anew"])
+        config.set_timing_cache(config.create_timing_cache(b""), False)
+
+
+def _keep_timings(config: Trt, path: Path) -> None:
+    """Write the timings for the next build, in one step. Without them it takes longer, and no plan is worse for it."""
+    aside = path.with_name(f".{path.name}-{os.getpid()}")
+    try:
+        aside.write_bytes(bytes(config.get_timing_cache().serialize()))
+        aside.replace(path)
+    except OSError as error:
+        tell(log=["WARNING", f"{path} cannot be written ({error}): the next build takes timings anew"])
+
+
+def _read_back(trt: Trt, logger: Trt, plan: Path) -> dict[str, object] | None:
+    """What the plan says of itself; None where it cannot be loaded."""
+    engine = trt.Runtime(logger).deserialize_cuda_engine(plan.read_bytes())
+    if engine is None:
+        return None
+    told = json.loads(engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON))
+    return {
+        "compatibility": str(engine.hardware_compatibility_level).rsplit(".", 1)[-1].lower(),
+        "profiles": engine.num_optimization_profiles, "device_memory": engine.device_memory_size_v2,
+        "layers": told.get("Layers", []),
+    }  # fmt: skip
 
 
 def _write(trt: Trt, builder: Trt, network: Trt, config: Trt, plan: Path) -> int:
@@ -61,7 +130,6 @@ def _write(trt: Trt, builder: Trt, network: Trt, config: Trt, plan: Path) -> int
     if not built:
         tell(refused="builder", errors=[])
         return 1
-    tell(built=plan.stat().st_size, version=trt.__version__, memory_mb=_peak_mb(), **_tensors(network))
     return 0
 
 
@@ -133,4 +201,5 @@ def _stream(trt: Trt, file: Any, failed: list[str]) -> Trt:  # Any: a binary fil
 
 
 if __name__ == "__main__":
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a build that was killed goes on building nothing
     sys.exit(build(json.loads(Path(sys.argv[1]).read_text())))

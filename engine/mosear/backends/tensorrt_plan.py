@@ -19,6 +19,8 @@ _NODES = re.compile(rb'layers="([^"]*)"')
 _NODE = re.compile(rb"\[ONNX Layer: ([^\]]+)\]")
 _WEIGHT = re.compile(rb"const_payload_size=(\d+) [^\n]{0,2000}? type=(\w+) \}")
 _LAYER = re.compile(r"^layers\.(\d+)/")
+_NODE_TEXT = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
+_PROFILE = re.compile(r"\[profile (\d+)\]")
 _NO_KERNEL = {"shape_call", "label"}
 _MAGIC = b"vtrt"
 
@@ -39,7 +41,7 @@ class Kernel:
 
     @property
     def is_attention(self) -> bool:
-        return "mha" in self.name
+        return "mha" in self.name or "AttentionFinish" in self.kind + self.name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,6 +103,23 @@ def read_plan(path: Path) -> Plan:
             return Plan(chips=_chips(starts[0][1]), size=len(data), programs=programs)
     except (OSError, ValueError) as error:
         raise EngineError(f"{path} cannot be read as a plan: {error}: build the engine again") from error
+
+
+def inspected_plan(path: Path, layers: object, chips: tuple[str, ...]) -> Plan:
+    """A plan of TensorRT itself, by the layers that its inspector told, each with the names of its profile's kernels.
+
+    The inspector marks those of a second profile and later ones by an ending, ` [profile 1]`.
+    """
+    programs: dict[int, list[Kernel]] = {0: []}
+    for layer in layers if isinstance(layers, list) else ():
+        told = layer if isinstance(layer, dict) else {"Name": str(layer)}
+        name = str(told.get("Name", ""))
+        at = int(match[1]) if (match := _PROFILE.search(name)) else 0
+        nodes = tuple(sorted(set(_NODE_TEXT.findall(str(told.get("Metadata", ""))))))
+        kernel = Kernel(kind=str(told.get("LayerType", "")), name=str(told.get("TacticName") or name), nodes=nodes)
+        programs.setdefault(at, []).append(kernel)
+    found = tuple(Program(kernels=tuple(programs[at]), weight_bytes={}) for at in sorted(programs))
+    return Plan(chips=chips, size=path.stat().st_size, programs=found)
 
 
 def _chips(listed: str) -> tuple[str, ...]:

@@ -13,10 +13,11 @@ import numpy as np
 from mosear.backends.session import Backend
 from mosear.config import ModelConfig, Route
 from mosear.errors import EngineError, MosearError
+from mosear.recipe import CAPACITY_STEP
 from mosear.runtime.decode import Prefilled, Scored, Token
 from mosear.runtime.prompt import TEXT, Task
 from mosear.runtime.sampling import FloatArray, log_softmax
-from mosear.runtime.slots import CAPACITY_STEP, Slots, embed, embedded, finite
+from mosear.runtime.slots import Slots, embed, embedded, finite
 from mosear.runtime.ticket import Ticket
 
 log = logging.getLogger(__name__)

@@ -9,11 +9,10 @@ from mosear.backends.session import Backend
 from mosear.config import ModelConfig, Route
 from mosear.contract import EMBEDDING, HOLES, Tensors
 from mosear.errors import EngineError, RequestError
+from mosear.recipe import CAPACITY_STEP
 from mosear.runtime.decode import IntArray, Work
 from mosear.runtime.encode import project
 from mosear.runtime.sampling import FloatArray
-
-CAPACITY_STEP = 64  # the cache's capacity is a multiple of this: the decoder's time grows with it, filled or not
 
 
 class Slots:
@@ -96,6 +95,8 @@ class Slots:
 
     def fit(self, end: int, need: int, *, rows: int) -> None:
         """Make the capacity right for positions below `end` now and `need` soon; the first `rows` rows are in use.
+
+        The decoder's time grows with the capacity, filled or not: it is the smallest multiple of CAPACITY_STEP that does.
 
         It grows only when it must, and shrinks where it is more than twice what is needed, or nothing would be copied.
         """

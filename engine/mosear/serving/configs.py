@@ -15,11 +15,14 @@ from tritonclient.utils import np_to_triton_dtype
 from mosear.config import ModelConfig
 from mosear.contract import DECODER, ENCODERS, DType, Part, Served, TensorSpec, parts, served
 from mosear.errors import ConfigError
-from mosear.recipe import Recipe
+from mosear.recipe import ON_TENSORRT, Recipe
 
 BATCH = 8  # samples of one execution of an encoder
 NO_OPTIMISATION = 2  # the onnxruntime backend's graph level for "run it as it is"
-PYTHON, ONNX = "python", "onnxruntime"
+PYTHON, ONNX, TENSORRT = "python", "onnxruntime", "tensorrt"
+PLAN_PLATFORM, PLAN_FILE = "tensorrt_plan", "model.plan"
+CHECK_ONLY = "check_only"  # a parameter
+PLAN_NOTES = "plan.json"  # beside a plan: what its manifest says of it
 ENGINE = "engine"  # folder in a Python model's version directory
 PARAMETERS = {
     "engine": "folder of the engine's files, relative to the version directory",
@@ -85,7 +88,7 @@ def _python_model(model: Served, parameters: Mapping[str, object]) -> pb.ModelCo
     made = pb.ModelConfig(name=model.name, backend=PYTHON, max_batch_size=0)
     made.input.extend(pb.ModelInput(**_tensor(spec, spec.axes), optional=spec.optional) for spec in model.inputs)
     made.output.extend(pb.ModelOutput(**_tensor(spec, spec.axes)) for spec in model.outputs)
-    # The only engines that there are run the decoder on the CPU, whatever runs the encoders.
+    # One process, whatever it runs on: KIND_GPU would make one for each GPU, with a scheduler and weights of its own.
     made.instance_group.add(count=1, kind=pb.ModelInstanceGroup.KIND_CPU)
     made.model_transaction_policy.decoupled = model.decoupled
     _set_parameters(made, parameters)
@@ -97,12 +100,19 @@ def _encoder(
 ) -> pb.ModelConfig:
     # A request holds the pictures of one clip on the axis N.
     per_request = config.face.frames if part.inputs[0].axes[0] == "N" else 1
-    made = pb.ModelConfig(name=part.name, backend=ONNX, max_batch_size=max(BATCH, per_request))
+    planned = recipe.target in ON_TENSORRT
+    made = pb.ModelConfig(name=part.name, backend=TENSORRT if planned else ONNX)
+    made.max_batch_size = max(BATCH, per_request)
+    if planned:
+        made.platform, made.default_model_filename = PLAN_PLATFORM, PLAN_FILE
+        made.max_batch_size = per_request if per_request > 1 else recipe.plans.decode_batch  # what the profile takes
     made.input.extend(pb.ModelInput(**_batched(spec)) for spec in part.inputs)
     made.output.extend(pb.ModelOutput(**_batched(spec)) for spec in part.outputs)
     made.dynamic_batching.SetInParent()  # what waits goes together, nothing waits for more
     group = pb.ModelInstanceGroup
-    made.instance_group.add(count=1, kind=group.KIND_CPU if device is Device.CPU else group.KIND_GPU)
+    where = made.instance_group.add(count=1, kind=group.KIND_CPU if device is Device.CPU else group.KIND_GPU)
+    if planned:
+        where.profile.append("0")  # an encoder's plan has one
     if device is Device.CPU:
         made.optimization.graph.level = NO_OPTIMISATION  # the engine's graph is optimised already
         _set_parameters(made, {"intra_op_thread_count": recipe.threads})

@@ -20,12 +20,13 @@ LIBPYTHON = f"libpython{PYTHON}.so.1.0"
 SHARED_MEMORY_MB = 32  # free at least: each model takes 1 MB at its start, then twice its largest tensors
 LIBRARY = "libtriton_python.so"
 STUB = "triton_python_backend_stub"
-BACKEND_PY = '''"""A Python-based backend that serves `backend: "onnxruntime"` models: `mosear.serving.models.encoder`."""
+BACKEND_PY = '''"""A Python-based backend that serves `backend: "{backend}"` models: `mosear.serving.models.{module}`."""
 
-from mosear.serving.models.encoder import TritonPythonModel
+from mosear.serving.models.{module} import TritonPythonModel
 
 __all__ = ["TritonPythonModel"]
 '''
+BACKENDS = {"onnxruntime": "encoder", "tensorrt": "plan"}  # backends of ours by name, and their modules
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,7 +99,7 @@ class Installation:
             )
 
     def backends(self, folder: Path) -> Path:
-        """A backend directory with Python models and `onnxruntime`: the server's own, or one made in `folder`."""
+        """A backend directory with Python models, `onnxruntime` and `tensorrt`: the server's own, or one made in `folder`."""
         own = self.root / "backends"
         if (own / "onnxruntime").is_dir():
             return own
@@ -109,8 +110,9 @@ class Installation:
         shutil.copyfile(own / "python" / LIBRARY, made / "python" / LIBRARY)
         for file in (own / "python" / "triton_python_backend_utils.py", self.stub):
             (made / "python" / file.name).symlink_to(file)
-        (made / "onnxruntime").mkdir()
-        (made / "onnxruntime" / "model.py").write_text(BACKEND_PY)
+        for backend, module in BACKENDS.items():
+            (made / backend).mkdir()
+            (made / backend / "model.py").write_text(BACKEND_PY.format(backend=backend, module=module))
         return made
 
     def directory(self, folder: Path) -> Path:

@@ -55,7 +55,45 @@ class Ask:
         return sizes.pop() if len(sizes) == 1 else None
 
 
-class OnnxModel:
+class Batching:
+    """Answers several requests at once: what fits runs as one batch, and one bad request spoils no other."""
+
+    name: str
+    batched: bool  # inputs have a batch axis
+
+    def answer(self, asks: Sequence[Ask]) -> list[Tensors | MosearError]:
+        """Outputs, or the error, of each request, in their order; requests that fit run as one batch."""
+        answers: dict[int, Tensors | MosearError] = {}
+        groups: dict[object, list[int]] = {}
+        for index, ask in enumerate(asks):
+            apart = not self.batched or ask.rows() is None
+            groups.setdefault(index if apart else ask.alike(), []).append(index)
+        for group in groups.values():
+            found: Sequence[Tensors | MosearError] | None = None
+            if len(group) > 1:
+                found = self._together([asks[index] for index in group])
+            # Where a batch fails, or its outputs cannot be told apart, each is asked alone: one bad request spoils no other.
+            answers |= zip(group, found or [self.alone(asks[index]) for index in group], strict=True)
+        return [answers[index] for index in range(len(asks))]
+
+    def _together(self, asks: Sequence[Ask]) -> list[Tensors] | None:
+        ends = np.cumsum([ask.rows() for ask in asks])
+        joined = Ask(
+            inputs={name: np.concatenate([ask.inputs[name] for ask in asks]) for name in asks[0].inputs},
+            outputs=asks[0].outputs,
+        )
+        outputs = self.alone(joined)
+        if isinstance(outputs, MosearError) or any(array.shape[:1] != (ends[-1],) for array in outputs.values()):
+            return None
+        parts = {name: np.split(array, ends[:-1]) for name, array in outputs.items()}
+        return [{name: part[index] for name, part in parts.items()} for index in range(len(asks))]
+
+    def alone(self, ask: Ask) -> Tensors | MosearError:
+        """The outputs of one request, or its error."""
+        raise NotImplementedError
+
+
+class OnnxModel(Batching):
     """A session for one model's file. `config`: Triton's; `folder`: of the model's version.
 
     Raises EngineError where the file cannot be loaded or is not what the configuration says, ConfigError for a setting.
@@ -93,34 +131,7 @@ class OnnxModel:
         if missing := sorted(needed.keys() - {tensor["name"] for tensor in config["input"]}):
             raise EngineError(f"{self.name}: the configuration leaves out the graph's input {', '.join(missing)}")
 
-    def answer(self, asks: Sequence[Ask]) -> list[Tensors | MosearError]:
-        """Outputs, or the error, of each request, in their order; requests that fit run as one batch."""
-        answers: dict[int, Tensors | MosearError] = {}
-        groups: dict[object, list[int]] = {}
-        for index, ask in enumerate(asks):
-            apart = not self.batched or ask.rows() is None
-            groups.setdefault(index if apart else ask.alike(), []).append(index)
-        for group in groups.values():
-            found: Sequence[Tensors | MosearError] | None = None
-            if len(group) > 1:
-                found = self._together([asks[index] for index in group])
-            # Where a batch fails, or its outputs cannot be told apart, each is asked alone: one bad request spoils no other.
-            answers |= zip(group, found or [self._alone(asks[index]) for index in group], strict=True)
-        return [answers[index] for index in range(len(asks))]
-
-    def _together(self, asks: Sequence[Ask]) -> list[Tensors] | None:
-        ends = np.cumsum([ask.rows() for ask in asks])
-        joined = Ask(
-            inputs={name: np.concatenate([ask.inputs[name] for ask in asks]) for name in asks[0].inputs},
-            outputs=asks[0].outputs,
-        )
-        outputs = self._alone(joined)
-        if isinstance(outputs, MosearError) or any(array.shape[:1] != (ends[-1],) for array in outputs.values()):
-            return None
-        parts = {name: np.split(array, ends[:-1]) for name, array in outputs.items()}
-        return [{name: part[index] for name, part in parts.items()} for index in range(len(asks))]
-
-    def _alone(self, ask: Ask) -> Tensors | MosearError:
+    def alone(self, ask: Ask) -> Tensors | MosearError:
         try:
             feeds = {name: _texts(array) for name, array in ask.inputs.items()}
             outputs = self.session.run(list(ask.outputs), feeds)

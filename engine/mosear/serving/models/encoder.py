@@ -10,7 +10,7 @@ from mosear.contract import Tensors
 from mosear.errors import EngineError, MosearError, RequestError
 from mosear.serving.faults import encode_fault
 from mosear.serving.models.wire import Triton
-from mosear.serving.onnx_backend import NICENESS, Ask, OnnxModel
+from mosear.serving.onnx_backend import NICENESS, Ask, Batching, OnnxModel
 
 
 class TritonPythonModel:
@@ -19,7 +19,7 @@ class TritonPythonModel:
             raise EngineError(f"{args['model_name']}: this backend runs on the CPU only: `mosear repo --target cpu`")
         os.nice(NICENESS)
         folder = Path(args["model_repository"]) / args["model_version"]
-        self.model = OnnxModel(json.loads(args["model_config"]), folder)
+        self.model: Batching = OnnxModel(json.loads(args["model_config"]), folder)
 
     def execute(self, requests: list[Triton]) -> list[Triton]:
         asks = [

@@ -11,6 +11,7 @@ namespace mosear::run {
 namespace {
 
 constexpr int kFormat = 1;  // artifacts.FORMAT
+constexpr char kModule[] = "tensorrt";
 constexpr char kRemedy[] = ": build it again with `python export/build_engine.py`";
 
 [[noreturn]] void Refuse(const std::filesystem::path& path, const std::string& why) {
@@ -47,18 +48,23 @@ Needs CheckPlan(const std::filesystem::path& plan, int capability) {
   if (found != expected) {
     Refuse(plan, "was altered: expected sha256 " + expected.substr(0, 12) + ", found " + found.substr(0, 12));
   }
+  if (needs["module"].text != kModule) Refuse(plan, "is a plan of " + needs["module"].text + ", not of " + kModule);
+  const std::string own = std::to_string(capability / 10) + "." + std::to_string(capability % 10);
   std::string listed;
   bool serves = false;
-  for (const Json& each : needs["capabilities"].list) {
-    serves = serves || static_cast<int>(each.number) == capability;
-    listed += (listed.empty() ? "" : ", ") + std::to_string(static_cast<int>(each.number));
+  for (const Json& each : needs["compute_capabilities"].list) {
+    serves = serves || each.text == own;
+    listed += (listed.empty() ? "" : ", ") + each.text;
   }
-  if (!serves) Refuse(plan, "is for compute capability " + listed + ", this device is " + std::to_string(capability));
-  return Needs{needs["tensorrt"].text};
+  if (!serves) Refuse(plan, "is for compute capability " + listed + ", this device is " + own);
+  return Needs{needs["version"].text};
 }
 
 void CheckVersion(const std::filesystem::path& plan, const Needs& needs, const std::string& found) {
-  if (needs.tensorrt != found) Refuse(plan, "was built by TensorRT " + needs.tensorrt + ", here is " + found);
+  // The manifest has four numbers, of the package that built; the library tells its first three.
+  if (needs.version != found && needs.version.rfind(found + ".", 0) != 0) {
+    Refuse(plan, "was built by TensorRT " + needs.version + ", here is " + found);
+  }
 }
 
 }  // namespace mosear::run

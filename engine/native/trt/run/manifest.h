@@ -8,9 +8,10 @@
 
 namespace mosear::run {
 
-// What a plan needs, from `notes.plans.<file>` of manifest.json: {"tensorrt": "11.4.0", "capabilities": [90]}.
+// What a plan needs, from `notes.plans.<file>` of manifest.json, which `mosear build` writes: {"module": "tensorrt",
+// "version": "11.4.0.106", "compute_capabilities": ["9.0"], ...}.
 struct Needs {
-  std::string tensorrt;
+  std::string version;
 };
 
 // Compares the plan with its manifest and its capabilities with `capability` (90 for 9.0). Throws std::runtime_error
