@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from mosear.kernels.launch import Case
 from mosear.kernels.reallocated_attention.decode_launches import split_keys
-from mosear.kernels.reallocated_attention.models import TEXT, usual_layout
+from mosear.kernels.reallocated_attention.models import usual_layout
 
 ELEMENT, F32, I32 = 2, 4, 4  # bytes: 16-bit activations
 UNROLLED = 8  # expand's loop over splits says so itself
@@ -133,13 +133,6 @@ def _one_group(case: Case) -> list[bool]:
     return [len(set(ids[at : at + block])) == 1 for at in range(0, len(ids), block)]
 
 
-def _end_of_groups(case: Case, last: int) -> int:
-    """The first tile of keys from which on there is text alone."""
-    block, ids = _constant(case, "BLOCK_N"), layout(case.scalars["rows"])
-    return min(last, 1 + max(at // block for at, group in enumerate(ids) if group != TEXT))
-
-
-TEXT_SWEEP, SCAN = "_text_sweep: tile in tl.range(first, last)", 128
 SWEEP, WEIGHTED = "_sweep: tile in tl.range(first, last)", "_weighted_sweep: tile in tl.range(first, last)"
 UNIFORM = "one >= 0"
 
@@ -161,27 +154,21 @@ def _prefill(case: Case) -> list[Programs]:
     if case.op.name == "prefill":  # groups in any order: it asks of no tile
         one = [False] * len(one)
     found = []
-    tail = bool(case.launch.constants.get("TAIL"))
     for whole, last, n, moves in _tiles(case):
-        end = _end_of_groups(case, last) if tail else last
         spans = {
             f"{SWEEP}[VALUES]#0": (0, 0 if moves else whole),
             f"{SWEEP}[MASKED VALUES]#0": (whole, whole if moves else last),
-            f"{SWEEP}[]#0": (0, min(end, whole) if moves else 0),
-            f"{SWEEP}[MASKED]#0": (min(end, whole), end if moves else min(end, whole)),
-            f"{WEIGHTED}[]#0": (0, min(end, whole) if moves else 0),
-            f"{WEIGHTED}[MASKED]#0": (min(end, whole), end if moves else min(end, whole)),
+            f"{SWEEP}[]#0": (0, whole if moves else 0),
+            f"{SWEEP}[MASKED]#0": (whole, last if moves else whole),
+            f"{WEIGHTED}[]#0": (0, whole if moves else 0),
+            f"{WEIGHTED}[MASKED]#0": (whole, last if moves else whole),
         }
         turns: dict[str, float] = {}
-        if tail:
-            spans[f"{TEXT_SWEEP}[]#0"] = (end, max(end, whole) if moves else end)
-            spans[f"{TEXT_SWEEP}[MASKED]#0"] = (max(end, whole), last if moves else max(end, whole))
-            turns["_end_of_groups: start in range(0, last, BLOCK)[]#0"] = -(-last // SCAN) if moves else 0
         for key, (first, end) in spans.items():
             turns[key] = end - first
             turns[f"{key}|{UNIFORM}"] = sum(one[first:end])
             turns[f"{key}|not {UNIFORM}"] = end - first - sum(one[first:end])
-        found.append(Programs(count=n, turns=turns, products=(2 * last + (end if moves else 0)) * product))
+        found.append(Programs(count=n, turns=turns, products=(3 if moves else 2) * last * product))
     return found
 
 

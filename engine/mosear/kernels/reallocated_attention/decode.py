@@ -250,7 +250,7 @@ def decode_merge(
 ):
     """One program: a request and a head, grid (H, B).
 
-    m_g = softmax over visible g of M_g + log l_g + b_g    m' = policy(m)    o = sum over splits of m'_g / l_g * 2^(m - M_g) * l * o
+    m_g = softmax over visible g of M_g + log l_g + b_g   m' = policy(m)   o = sum over splits of m'_g / l_g * 2^(m - M_g) * l * o
 
     Inputs as `decode_split` leaves them; query_position, first_row i32 [B]; policy_params f32 [H, P]; strength f32 [B];
     group_bias f32 [B, GROUPS]. Out: output [B, H, D]; masses before and after, f32 [B, H, GROUPS].

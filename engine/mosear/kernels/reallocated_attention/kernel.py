@@ -24,7 +24,6 @@ LEAST = tl.constexpr(2.0**-126)  # fp32 loses digits below
 SUM_LIFT = tl.constexpr(100.0)  # log2; 2^100 times 2^17 keys stays below fp32's 2^128
 # Weights of the second sweep are lifted by 2^13 (at most 8192; fp16 holds 65504): fp16 keeps its digits down to 7e-9.
 WEIGHT_LIFT = tl.constexpr(13.0)
-SCAN = tl.constexpr(128)  # tiles that are looked at together
 
 
 @triton.jit
@@ -192,52 +191,6 @@ def _weighted_sweep(
 
 
 @triton.jit
-def _text_sweep(
-    state, q, first, last, key_ptr, value_ptr, bias, reach, length,
-    SCALE: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """Online softmax over tiles of keys that are all of group 0: (top, sum, acc). What flash attention does."""
-    top, total, acc = state
-    for tile in tl.range(first, last):
-        slots = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        k = keys_of(key_ptr, slots, length, D, MASKED)
-        scores = tl.dot(q, k, input_precision="ieee")
-        if MASKED:
-            inside = tl.arange(0, BLOCK_N)[None, :] <= (reach - tile * BLOCK_N)[:, None]
-            scores = tl.where(inside, scores, NOTHING)
-        new_top = tl.maximum(top, tl.max(scores, 1) * SCALE + bias)
-        fade = tl.exp2(top - finite(new_top))
-        p = tl.exp2(scores * SCALE - (finite(new_top) - bias)[:, None])
-        total = total * fade + tl.sum(p, 1)
-        top = new_top
-        v = values_of(value_ptr, slots, length, D, MASKED)
-        acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
-    return top, total, acc
-
-
-@triton.jit
-def _end_of_groups(tile_group_ptr, last, BLOCK: tl.constexpr):
-    """The first tile from which on all tiles before `last` hold text alone."""
-    end = last * 0
-    for start in range(0, last, BLOCK):
-        tile = start + tl.arange(0, BLOCK)
-        one = tl.load(tile_group_ptr + tile, mask=tile < last, other=0)
-        end = tl.maximum(end, tl.max(tl.where(one != 0, tile + 1, 0), 0))
-    return end
-
-
-@triton.jit
-def _with_text(top, sums, text, GROUPS: tl.constexpr):
-    """Maximum and lifted sums of all tiles, from those before the text and the text's state; and what scales its acc."""
-    joint = finite(tl.ceil(tl.maximum(top, text[0])))
-    before, behind = tl.exp2(top - joint), tl.exp2(text[0] - joint + SUM_LIFT)
-    joined = (sums[0] * before + text[1] * behind,)
-    for g in tl.static_range(1, GROUPS):
-        joined += (sums[g] * before,)
-    return joint, joined, behind
-
-
-@triton.jit
 def _store_masses(ptr, row, inside, masses, GROUPS: tl.constexpr):
     for g in tl.static_range(GROUPS):
         tl.store(ptr + row * GROUPS + g, masses[g], mask=inside)
@@ -287,7 +240,7 @@ def _prefill(
     query_ptr, key_ptr, value_ptr, key_group_ptr, tile_group_ptr, query_position_ptr, key_length_ptr, first_row_ptr,
     policy_params_ptr, strength_ptr, group_bias_ptr, heads, kv_heads, rows, capacity, output_ptr, before_ptr, after_ptr,
     POLICY: tl.constexpr, STATISTIC: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr, SCALE: tl.constexpr,
-    CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr,
+    CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     # Where am I: a tile of rows of one head of one request; the tiles with most keys start first.
     head, batch = tl.program_id(1), tl.program_id(2)
@@ -330,28 +283,14 @@ def _prefill(
         before, inverse = _normalised(seen[1], live, GROUPS)
         after, output = before, seen[2] * inverse[:, None]
     else:
-        # Text behind the last key of another group keeps its weights: it needs no second sweep.
-        end = _end_of_groups(tile_group_ptr, last, SCAN) if TAIL else last
-        early = tl.minimum(end, whole)
         found = _sweep(
-            start, q, 0, early, key_ptr, value_ptr, key_group_ptr, tile_group_ptr, biases, reach, length,
+            start, q, 0, whole, key_ptr, value_ptr, key_group_ptr, tile_group_ptr, biases, reach, length,
             SCALE * LOG2E, GROUPS, D, BLOCK_N, False, False, STATISTIC == MEAN,
         )  # fmt: skip
         top, sums, acc, video_keys, audio_keys = _sweep(
-            found, q, early, end, key_ptr, value_ptr, key_group_ptr, tile_group_ptr, biases, reach, length,
+            found, q, whole, last, key_ptr, value_ptr, key_group_ptr, tile_group_ptr, biases, reach, length,
             SCALE * LOG2E, GROUPS, D, BLOCK_N, True, False, STATISTIC == MEAN,
         )  # fmt: skip
-        top = finite(top)
-        if TAIL:
-            text = (start[0], start[1][0], start[2])
-            text = _text_sweep(
-                text, q, end, whole, key_ptr, value_ptr, biases[0], reach, length, SCALE * LOG2E, D, BLOCK_N, False
-            )
-            text = _text_sweep(
-                text, q, tl.maximum(end, whole), last, key_ptr, value_ptr, biases[0], reach, length, SCALE * LOG2E, D,
-                BLOCK_N, True,
-            )  # fmt: skip
-            top, sums, behind = _with_text(top, sums, text, GROUPS)
         before, inverse = _normalised(sums, live, GROUPS)
         if STATISTIC != MEAN:
             video_keys, audio_keys = counts + 1, counts + 1
@@ -360,15 +299,13 @@ def _prefill(
         )
         reached = (sums[VIDEO] >= LEAST) & (sums[AUDIO] >= LEAST) & (position >= first_row)
         after = _moved(before, tl.where(reached, flow, 0.0), GROUPS)
-        weights = _weights(after, sums, biases, top, GROUPS)
-        if TAIL:
-            acc = text[2] * (behind * inverse * 2.0**WEIGHT_LIFT)[:, None]
+        weights = _weights(after, sums, biases, finite(top), GROUPS)
         acc = _weighted_sweep(
-            acc, q, 0, early, weights, key_ptr, value_ptr, key_group_ptr, tile_group_ptr, reach, length,
+            acc, q, 0, whole, weights, key_ptr, value_ptr, key_group_ptr, tile_group_ptr, reach, length,
             SCALE * LOG2E, GROUPS, D, BLOCK_N, False,
         )  # fmt: skip
         acc = _weighted_sweep(
-            acc, q, early, end, weights, key_ptr, value_ptr, key_group_ptr, tile_group_ptr, reach, length,
+            acc, q, whole, last, weights, key_ptr, value_ptr, key_group_ptr, tile_group_ptr, reach, length,
             SCALE * LOG2E, GROUPS, D, BLOCK_N, True,
         )  # fmt: skip
         output = tl.where(live[:, None], acc * tl.exp2(-WEIGHT_LIFT), 0.0)
@@ -393,7 +330,7 @@ def prefill(
     _prefill(
         query_ptr, key_ptr, value_ptr, key_group_ptr, None, query_position_ptr, key_length_ptr, first_row_ptr, policy_params_ptr,
         strength_ptr, group_bias_ptr, heads, kv_heads, rows, capacity, output_ptr, before_ptr, after_ptr,
-        POLICY, STATISTIC, GROUPS, D, SCALE, CAUSAL, BLOCK_M, BLOCK_N, False,
+        POLICY, STATISTIC, GROUPS, D, SCALE, CAUSAL, BLOCK_M, BLOCK_N,
     )  # fmt: skip
 
 
@@ -402,7 +339,7 @@ def prefill_runs(
     query_ptr, key_ptr, value_ptr, key_group_ptr, tile_group_ptr, query_position_ptr, key_length_ptr, first_row_ptr,
     policy_params_ptr, strength_ptr, group_bias_ptr, heads, kv_heads, rows, capacity, output_ptr, before_ptr, after_ptr,
     POLICY: tl.constexpr, STATISTIC: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr, SCALE: tl.constexpr,
-    CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr,
+    CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """`prefill`'s formula where most tiles of keys hold one group alone.
 
@@ -411,7 +348,7 @@ def prefill_runs(
     _prefill(
         query_ptr, key_ptr, value_ptr, key_group_ptr, tile_group_ptr, query_position_ptr, key_length_ptr, first_row_ptr,
         policy_params_ptr, strength_ptr, group_bias_ptr, heads, kv_heads, rows, capacity, output_ptr, before_ptr, after_ptr,
-        POLICY, STATISTIC, GROUPS, D, SCALE, CAUSAL, BLOCK_M, BLOCK_N, TAIL,
+        POLICY, STATISTIC, GROUPS, D, SCALE, CAUSAL, BLOCK_M, BLOCK_N,
     )  # fmt: skip
 
 

@@ -47,11 +47,6 @@ class Row:
     reason: str
     most_rows: int = ANY_ROWS
 
-    @property
-    def tail(self) -> bool:
-        """Whether text behind the last key of another group is swept once where mass moves (kernel.py)."""
-        return self.archs == (90,)
-
 
 GENERAL, RUNS = Kernel.GENERAL, Kernel.RUNS
 _SHORT = "two CTAs share a multiprocessor, and the tile that is swept twice for the last row is a small one"
@@ -156,8 +151,7 @@ def choose_launch(
             "CAUSAL": causal,
             "BLOCK_M": row.block_m,
             "BLOCK_N": row.block_n,
-        }
-        | ({"TAIL": row.tail} if kernel is Kernel.RUNS else {}),
+        },
         warps=row.warps,
         stages=row.stages,
     )
