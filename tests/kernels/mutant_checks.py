@@ -97,6 +97,19 @@ def decode() -> None:
         assert_parity(tensors, policy, statistic)
 
 
+def decode_stray_ids() -> None:
+    """Ids that are no group's, unchecked: their keys count as group 0."""
+    tensors = decode_step([9, 40])
+    settings: dict[str, Any] = {"policy": Policy.TARGET, "statistic": Statistic.SUM, "scale": scale_of(tensors)}
+    stray = tensors | {"key_group": tensors["key_group"].clone()}
+    stray["key_group"][1, [3, 20]] = torch.tensor([-7, 3], dtype=torch.int32)
+    tensors["key_group"][1, [3, 20]] = 0
+    for ours, theirs in zip(
+        decode_attention(**stray, **settings), decode_attention(**tensors, **settings), strict=True
+    ):
+        assert_close(ours, theirs, "op")
+
+
 def decode_splits() -> None:
     """So many splits that the merge reads their statistics in several blocks."""
     from mosear.kernels.reallocated_attention import decode_launches

@@ -127,6 +127,14 @@ MUTANTS = (
         old="level = tl.where(visible, top + bias, -float(\"inf\"))", new="level = tl.where(visible, top, -float(\"inf\"))",
     ),
     Mutant(
+        name="decode: averages merged as sums", module=DECODE, check="decode", full=True,
+        old="weight = row_share * sums * tl.exp2(", new="weight = row_share * tl.exp2(",
+    ),
+    Mutant(
+        name="decode: keys of no group left out", module=DECODE, check="decode_stray_ids",
+        old="(ids > 0) & (ids < GROUPS), ids, 0)", new="(ids > 0) & (ids < GROUPS), ids, -1)",
+    ),
+    Mutant(
         name="decode: page of the wrong stride", module=DECODE, check="decode_paged", times=1,
         old="at = (page.to(tl.int64) * kv_heads + kv_head) * PAGE", new="at = (page.to(tl.int64) + kv_head) * PAGE",
     ),

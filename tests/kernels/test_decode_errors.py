@@ -91,21 +91,20 @@ def test_a_wrong_value_is_named_where_values_are_checked(name: str) -> None:
         call(tensors, values_checked=True)
 
 
-def test_a_length_past_the_cache_is_cut_and_an_unknown_id_belongs_to_nobody() -> None:
+def test_a_length_past_the_cache_is_cut_and_an_unknown_id_counts_as_group_0() -> None:
     """What the launcher promises where values are not checked."""
     tensors = make([20, 20])
     long = tensors | {"key_length": torch.tensor([20, 99], dtype=torch.int32)}
     for causal in (True, False):
         for ours, theirs in zip(call(long, causal=causal), call(tensors, causal=causal), strict=True):
             assert ours.equal(theirs)
-    tensors["key_group"][0, 3], tensors["key_group"][1, 4] = 3, -1  # 3: a padding row of the tile
-    kept = [torch.arange(20) != 3, torch.arange(20) != 4]
-    few = make([19, 19]) | {n: tensors[n] for n in ("query", "policy_params", "strength", "group_bias", "first_row")}
-    few["key_group"] = torch.stack([tensors["key_group"][b, kept[b]] for b in range(2)])
-    few |= {n: torch.stack([tensors[n][b, :, kept[b]] for b in range(2)]) for n in ("key", "value")}
-    few["first_row"] = tensors["first_row"] - 1  # as the position
-    for ours, theirs in zip(call(tensors), call(few), strict=True):
-        assert torch.allclose(ours, theirs, atol=1e-5)
+    text = tensors | {"key_group": tensors["key_group"].clone()}
+    text["key_group"][0, 3] = text["key_group"][1, 4] = 0
+    expected = call(text)
+    for unknown in (3, 77, -1):
+        text["key_group"][0, 3] = text["key_group"][1, 4] = unknown
+        for ours, theirs in zip(call(text), expected, strict=True):
+            assert ours.equal(theirs)
 
 
 def test_pages_and_settings() -> None:

@@ -106,10 +106,10 @@ def test_bytes_are_those_of_the_partials_that_the_kernel_writes(runs: bool) -> N
     run(SPLIT, plan.split, cache, (2, 1, 400, plan.splits), (acc, *rest))
     written = int((~acc.isnan()).sum())
     ids = [tensors["key_group"][b, :n].tolist() for b, n in enumerate([400, 130, 0])]
-    moved = bytes_moved(ids, plan=plan, heads=2, kv_heads=1)
+    moved = bytes_moved(ids, plan=plan, heads=2, kv_heads=1, item_bytes=4)
     assert moved.partials == 2 * 4 * written > 0 and plan.splits == 4
     assert moved.statistics == sum(2 * t.nbytes for t in rest[:2]) + rest[2].nbytes * 3
-    assert moved.cache == 2 * 530 * 64 * 2 and moved.ids == 4 * 530
+    assert moved.cache == 2 * 530 * 64 * 4 and moved.ids == 4 * 530
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -119,17 +119,17 @@ def test_at_4k_keys_the_usual_layout_moves_hardly_more_than_plain_split_k(shape:
     plan = plan_for(shape, batch=batch, arch=arch)
     ours = bytes_moved([usual_layout(4096)] * batch, plan=plan, heads=shape.heads, kv_heads=shape.kv_heads)
     theirs = plain.bytes_moved([4096] * batch, plan=plan, heads=shape.heads, kv_heads=shape.kv_heads)
-    assert 1 < ours.total / theirs < BAR
+    assert 0.99 < ours.total / theirs < BAR
 
 
 def test_interleaved_groups_cost_a_partial_each() -> None:
-    """The worst ids there are: three groups in every split. The bar holds for LLaMA-2, not for the demo alone in a batch."""
+    """The worst ids there are, three groups in every split, are within the bar too."""
     ids = [[i % 3 for i in range(4096)]]
-    for shape, low, high in ((LLAMA, 1.01, BAR), (DEMO, 1.10, 1.12)):
+    for shape, low in ((LLAMA, 1.005), (DEMO, 1.03)):
         plan = plan_for(shape)
         ours = bytes_moved(ids, plan=plan, heads=shape.heads, kv_heads=shape.kv_heads).total
         theirs = plain.bytes_moved([4096], plan=plan, heads=shape.heads, kv_heads=shape.kv_heads)
-        assert low < ours / theirs < high
+        assert low < ours / theirs < BAR
 
 
 def test_the_usual_layout_is_the_papers() -> None:

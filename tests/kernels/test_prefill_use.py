@@ -110,6 +110,8 @@ def test_settings_and_runs() -> None:
         call(tensors, runs=(((12, 0),),))
     with pytest.raises(KernelError, match="runs hold 13 keys: the cache has 12 slots"):
         call(tensors, runs=(((13, 0),), ((9, 0),)))
+    with pytest.raises(KernelError, match=r"runs hold keys of group 3: it must lie in 0..2"):
+        call(tensors, runs=(((12, 0),), ((4, 1), (5, 3))))
     with pytest.raises(KernelError, match="runs are not those of key_group"):
         call(tensors, runs=(((12, 0),), ((9, 0),)), values_checked=True)
 

@@ -1,11 +1,13 @@
 """The chips that kernels are compiled for: limits of a multiprocessor, and the peaks of one card of each.
 
 Limits: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability", the same as in NVIDIA's
-cuda_occupancy.h, which a test compares. Pipe rates: to be checked there, "Throughput of Native Arithmetic Instructions".
-Peaks: dense, 16-bit in, fp32 sums. None was read off its document for this table: `source` names where each is to be checked.
-A100's, H100's, B200's (but for its bandwidth, 7.7 or 8 TB/s) and the RTX 5090's agree with other pages; L4's is contradictory
-there. Pipe rates are from memory too. The tensor rate of a multiprocessor is that peak divided by multiprocessors and boost
-clock, which gives a power of two for every chip.
+cuda_occupancy.h, which a test compares.
+Pipe rates: the same guide, "Throughput of Native Arithmetic Instructions". Compared for 8.0 and 8.6 with a transcript of that
+table; the others are from memory.
+Peaks: dense, 16-bit in, fp32 sums. `source` is the title of the maker's document. None was read itself: what was compared are
+pages that quote them. These agree for A100, H100, RTX 3090 and RTX 5090, and for B200 but for its bandwidth (7.7 or 8 TB/s).
+Of the L4 they give 58 or 60 multiprocessors: the data sheet's 30.3 TFLOPS of fp32 and 242 of fp16 at 2.04 GHz are 58.
+The tensor rate of a multiprocessor is the peak divided by multiprocessors and boost clock: a power of two for every chip.
 """
 
 from dataclasses import dataclass
@@ -58,32 +60,32 @@ CHIPS = (
     Chip(
         name="A100", arch=80, multiprocessors=108, boost_hz=1.41e9, tensor_flops_s=312e12, memory_bytes_s=2.039e12,
         l2_bytes=40 << 20, warps=64, ctas=32, shared_bytes=164 * KIB, tensor_rate=1024, fp32_rate=64,
-        source="NVIDIA A100 80GB (SXM) data sheet; A100 white paper",
+        source="NVIDIA A100 Tensor Core GPU data sheet (80 GB SXM); NVIDIA A100 Tensor Core GPU Architecture white paper",
     ),
     Chip(
         name="RTX 3090", arch=86, multiprocessors=82, boost_hz=1.695e9, tensor_flops_s=71e12, memory_bytes_s=936e9,
         l2_bytes=6 << 20, warps=48, ctas=16, shared_bytes=100 * KIB, tensor_rate=256, fp32_rate=128,
-        source="NVIDIA Ampere GA102 white paper, appendix A",
+        source="NVIDIA Ampere GA102 GPU Architecture white paper V2.0, appendix A",
     ),
     Chip(
         name="L4", arch=89, multiprocessors=58, boost_hz=2.04e9, tensor_flops_s=121e12, memory_bytes_s=300e9,
         l2_bytes=48 << 20, warps=48, ctas=24, shared_bytes=100 * KIB, tensor_rate=512, fp32_rate=128,
-        source="NVIDIA L4 data sheet (242 TFLOPS with sparsity, halved)",
+        source="NVIDIA L4 Tensor Core GPU data sheet (242 TFLOPS with sparsity, halved)",
     ),
     Chip(
         name="H100", arch=90, multiprocessors=132, boost_hz=1.83e9, tensor_flops_s=989e12, memory_bytes_s=3.35e12,
         l2_bytes=50 << 20, warps=64, ctas=32, shared_bytes=228 * KIB, tensor_rate=2048, fp32_rate=128,
-        source="NVIDIA H100 (SXM) data sheet (1,979 TFLOPS with sparsity, halved); the clock is what that peak implies",
+        source="NVIDIA H100 Tensor Core GPU data sheet (SXM; 1,979 TFLOPS with sparsity, halved); clock as that peak implies",
     ),
     Chip(
         name="B200", arch=100, multiprocessors=148, boost_hz=1.85e9, tensor_flops_s=2250e12, memory_bytes_s=8e12,
         l2_bytes=126 << 20, warps=64, ctas=32, shared_bytes=228 * KIB, tensor_rate=4096, fp32_rate=128,
-        source="NVIDIA Blackwell data sheet, HGX B200 (4.5 PFLOPS with sparsity, halved); clock as that peak implies",
+        source="NVIDIA Blackwell Architecture data sheet, HGX B200 (4.5 PFLOPS with sparsity, halved); clock as it implies",
     ),
     Chip(
         name="RTX 5090", arch=120, multiprocessors=170, boost_hz=2.407e9, tensor_flops_s=209.5e12,
         memory_bytes_s=1.792e12, l2_bytes=96 << 20, warps=48, ctas=24, shared_bytes=100 * KIB, tensor_rate=256,
-        fp32_rate=128, source="NVIDIA RTX Blackwell white paper, appendix A",
+        fp32_rate=128, source="NVIDIA RTX Blackwell GPU Architecture white paper, appendix A",
     ),
 )  # fmt: skip
 ARCHS = tuple(chip.arch for chip in CHIPS)

@@ -5,8 +5,9 @@ sees the keys of its own group alone. So one running maximum, sum and weighted v
 any order of groups and however far a group's logits lie from another's; and since a tensor core takes 16 rows or none,
 the groups of up to 4 heads cost no product that plain split-K decode would not compute as well.
 
-A split leaves the partials of the groups that it saw and no others: bytes are those of plain split-K where groups come in
-runs. The merge puts the splits of each group together, applies the policy once and sums m'_g * o_g.
+A split leaves the partials of the groups that it saw and no others, each as an average in the activations' own type:
+bytes are those of plain split-K where groups come in runs. The merge puts the splits of each group together, applies the
+policy once and sums m'_g * o_g.
 """
 
 import triton
@@ -60,7 +61,7 @@ def _split(
 ):
     """One program: a request, a key/value head, a split. Row g * PITCH + i is query head i of the key/value head in group g.
 
-    m = max over the split's keys of g of s    l = sum of 2^(s - m)    acc = sum of 2^(s - m) * v    s = q . k * SCALE * log2 e
+    m = max over the split's keys of g of s    l = sum of 2^(s - m)    o = sum of 2^(s - m) * v / l    s = q . k * SCALE * log2 e
     """
     split, kv_head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     low, high = split_bounds(n_keys, split, splits, MIN_KEYS, BLOCK_N)
@@ -81,7 +82,9 @@ def _split(
     hits = tl.zeros([GROUPS_POW2, BLOCK_N], tl.int32)
     for start in tl.range(low, high, BLOCK_N):
         inside = start + slot < high
-        ids = tl.load(group_ptr + batch * capacity + start + slot, mask=inside, other=-1)
+        ids = tl.load(group_ptr + batch * capacity + start + slot, mask=inside, other=0)
+        ids = tl.where((ids > 0) & (ids < GROUPS), ids, 0)  # what is of no other group counts as group 0
+        ids = tl.where(inside, ids, -1)
         if PAGE == 0:
             at = cache_row + start + slot
         elif PAGE % BLOCK_N == 0:
@@ -107,7 +110,9 @@ def _split(
     tl.store(partial_max_ptr + partial, top, mask=live)
     tl.store(partial_sum_ptr + partial, total, mask=live)
     seen = live & (top > -float("inf"))  # what the split did not see, it does not write
-    tl.store(partial_output_ptr + partial[:, None] * D + dim, acc, mask=seen[:, None])
+    average = acc / tl.where(seen, total, 1.0)[:, None]
+    average = average.to(partial_output_ptr.dtype.element_ty)
+    tl.store(partial_output_ptr + partial[:, None] * D + dim, average, mask=seen[:, None])
     count_at = partial_count_ptr + (batch * splits + split) * GROUPS + groups
     tl.store(count_at, tl.sum(hits, 1), mask=(groups < GROUPS) & (kv_head == 0))
 
@@ -141,8 +146,8 @@ def decode_split(
     """Partials of each split and group over a contiguous cache: see `_split`. Grid (splits, K, B).
 
     query [B, H, D]; key, value [B, K, capacity, D]; key_group i32 [B, capacity]; query_position, key_length i32 [B].
-    Out: acc f32 [B, H, splits, GROUPS, D] (rows of groups that a split saw), m and l f32 [B, H, splits, GROUPS], visible
-    keys i32 [B, splits, GROUPS].
+    Out: o [B, H, splits, GROUPS, D] (rows of groups that a split saw), m and l f32 [B, H, splits, GROUPS], visible keys
+    i32 [B, splits, GROUPS].
     """
     batch = tl.program_id(2)
     position, length = tl.load(query_position_ptr + batch), tl.load(key_length_ptr + batch)
@@ -245,7 +250,7 @@ def decode_merge(
 ):
     """One program: a request and a head, grid (H, B).
 
-    m_g = softmax over visible g of M_g + log l_g + b_g    m' = policy(m)    o = sum over splits of m'_g / l_g * 2^(m - M_g) * acc
+    m_g = softmax over visible g of M_g + log l_g + b_g   m' = policy(m)   o = sum over splits of m'_g / l_g * 2^(m - M_g) * l * o
 
     Inputs as `decode_split` leaves them; query_position, first_row i32 [B]; policy_params f32 [H, P]; strength f32 [B];
     group_bias f32 [B, GROUPS]. Out: output [B, H, D]; masses before and after, f32 [B, H, GROUPS].
@@ -285,7 +290,8 @@ def decode_merge(
         shown = (tops > -float("inf")) & (tl.sum(tl.where(mine & visible[None, :], 1, 0), 1) > 0)
         row_share = tl.sum(tl.where(mine, share[None, :], 0.0), 1)
         row_base = tl.sum(tl.where(mine, base[None, :], 0.0), 1)
-        weight = row_share * tl.exp2(tl.where(shown, tops - row_base, -float("inf")))
+        sums = tl.load(sum_ptr + at, mask=shown, other=0.0)
+        weight = row_share * sums * tl.exp2(tl.where(shown, tops - row_base, -float("inf")))
         partial = tl.load(
             partial_output_ptr + (row * n_partials + at)[:, None] * D + dim, mask=shown[:, None], other=0.0
         )
@@ -297,7 +303,7 @@ def decode_merge(
 
 
 PARTIALS = {
-    "partial_output_ptr": Kind.F32,
+    "partial_output_ptr": Kind.DATA,
     "partial_max_ptr": Kind.F32,
     "partial_sum_ptr": Kind.F32,
     "partial_count_ptr": Kind.I32,

@@ -14,7 +14,7 @@ from mosear.kernels.reallocated_attention.policy_kernel import POLICY_CODE, STAT
 
 MAX_SHARED = 8  # query heads of one key/value head
 MERGE_BLOCK, MERGE_ROWS, MERGE_WARPS = 128, 16, 4  # a merge reads all statistics of up to 42 splits of 3 groups at once
-MIN_KEYS = 128  # of a split: its fp32 partials are then at most 1/64 of its 16-bit keys and values per row and group
+MIN_KEYS = 128  # of a split: its partials are then at most 1/128 of its keys and values per row and group
 MAX_KEYS = 4096  # of a split: bounds how long one program runs when a batch mixes short and long caches
 
 
@@ -198,7 +198,7 @@ def bytes_moved(
     return Moved(
         cache=2 * keys * kv_heads * size * item_bytes,
         ids=4 * keys * kv_heads,
-        partials=2 * 4 * seen * heads * size,
+        partials=2 * item_bytes * seen * heads * size,
         statistics=2 * 8 * slots * heads + 4 * slots * (1 + heads),
         ends=len(requests) * heads * (2 * size * item_bytes + 2 * 4 * groups),
     )

@@ -45,7 +45,7 @@ def decode_attention(
     `choose_launch`. Returns output like query, masses before and after f32 [B, H, 1, G] or [B, H, G].
 
     Raises KernelError naming the argument and the limit. What tensors hold is checked only with `values_checked`, for
-    that waits for the device; without it a length is cut to L, and an id outside 0..G-1 belongs to no group. A
+    that waits for the device; without it a length is cut to L, and an id outside 0..G-1 counts as group 0. A
     block_table that names no page reads out of bounds.
     """
     pages = block_table is not None
@@ -89,11 +89,11 @@ def decode_attention(
 
 
 def empty_partials(query: Tensor, *, splits: int, groups: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Uninitialised workspace: acc f32 [B, H, splits, G, D], m and l f32 [B, H, splits, G], keys i32 [B, splits, G]."""
+    """Uninitialised workspace: o [B, H, splits, G, D], m and l f32 [B, H, splits, G], keys i32 [B, splits, G]."""
     batch, heads, size = query.shape[0], query.shape[1], query.shape[-1]
-    acc = query.new_empty(batch, heads, splits, groups, size, dtype=torch.float32)
+    output = query.new_empty(batch, heads, splits, groups, size)
     top, total = query.new_empty(2, batch, heads, splits, groups, dtype=torch.float32).unbind()
-    return acc, top, total, query.new_empty(batch, splits, groups, dtype=torch.int32)
+    return output, top, total, query.new_empty(batch, splits, groups, dtype=torch.int32)
 
 
 def multiprocessors_of(device: torch.device) -> int | None:

@@ -116,4 +116,9 @@ def _check_arguments(tensors: dict[str, Tensor], *, scale: float, runs: Runs | N
         longest = max((sum(keys for keys, _ in request) for request in runs), default=0)
         if longest > capacity:
             raise KernelError(f"runs hold {longest} keys: the cache has {capacity} slots")
+        groups = group_bias.shape[1]
+        if stray := [group for request in runs for _, group in request if not 0 <= group < groups]:
+            raise KernelError(
+                f"runs hold keys of group {stray[0]}: it must lie in 0..{groups - 1} (a group of group_bias)"
+            )
     check_tensors(tensors, cache=(batch, kv_heads, capacity, size), capacity=capacity, rows=(rows,))
