@@ -278,6 +278,10 @@ void TestExpertDescriptions(IPluginCreatorV3One* creator, Words& words) {
 void TestExpertLaunches(IPluginCreatorV3One* creator, Words& words) {
   const float scale = 2.0F;
   Plugin plugin(Create(creator, ExpertFields("576", "soft", &scale)));
+  std::vector<PluginField> fields = ExpertFields("576", "soft", &scale);
+  fields[2].data = "modality";
+  fields[2].length = 8;
+  Plugin by_modality(Create(creator, fields));
   std::vector<char> memory(1 << 24);
   const auto at = [&](size_t offset) {
     return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(memory.data()) + 256 + offset) / 256 * 256);
@@ -294,11 +298,15 @@ void TestExpertLaunches(IPluginCreatorV3One* creator, Words& words) {
     EXPECT(MockLaunches() == before + 2);
     const MockLaunch* last = MockLastLaunch();
     EXPECT(last->values[0] == reinterpret_cast<uintptr_t>(inputs[0]));  // expand's base
-    std::printf("experts %lld: expand %u %u %u, workspace %zu\n", static_cast<long long>(kBatch * rows), last->grid[0],
-                last->grid[1], last->grid[2], plugin.build->getWorkspaceSize(all.data(), 9, all.data() + 9, 2));
+    std::printf("experts %lld: expand %u %u %u\n", static_cast<long long>(kBatch * rows), last->grid[0], last->grid[1],
+                last->grid[2]);
+    EXPECT(plugin.build->getWorkspaceSize(all.data(), 9, all.data() + 9, 2) ==
+           static_cast<size_t>(4 * 16 * kBatch * rows * (kRank + kExperts)));  // 16 parts of d at most
     MockFailNext("launch", CUDA_ERROR_LAUNCH_FAILED);
     EXPECT(plugin.run->enqueue(in.data(), in.data() + 9, inputs, outputs, at(65536), nullptr) != 0);
     EXPECT(words.last.find("ModalityExpertsColumns: status 719") != std::string::npos);
+    EXPECT(by_modality.run->enqueue(in.data(), in.data() + 9, inputs, outputs, at(65536), nullptr) != 0);
+    EXPECT(words.last.find("GATED=0") != std::string::npos);
     in[6].dims.d[0] = 2 * kGroups * kExperts * kRank;  // another rank than any binary's
     EXPECT(plugin.run->enqueue(in.data(), in.data() + 9, inputs, outputs, at(65536), nullptr) != 0);
     EXPECT(words.last.find("no binary of modality_experts_shrink") != std::string::npos);
