@@ -198,6 +198,17 @@ def test_cases_and_table() -> None:
     assert ids == usual_layout(400)
 
 
+@pytest.mark.parametrize(
+    ("arch", "groups", "kernel"), [(100, 3, Kernel.RUNS), (100, 4, Kernel.GENERAL), (90, 8, Kernel.RUNS)]
+)
+def test_many_groups_go_to_the_kernel_that_spills_least(arch: int, groups: int, kernel: Kernel) -> None:
+    plan = choose_launch(
+        batch=1, heads=4, head_size=128, rows=400, groups=groups, policy=Policy.BALANCE, statistic=Statistic.MEAN,
+        scale=1.0, causal=True, arch=arch, runs=(EMOTION_LLAMA,),
+    )  # fmt: skip
+    assert plan.kernel is kernel and plan.launch.constants["GROUPS"] == groups
+
+
 def test_what_no_row_serves() -> None:
     given_: dict[str, Any] = {"batch": 1, "heads": 4, "rows": 9, "groups": 3, "scale": 1.0, "causal": True}
     given_ |= {"policy": Policy.OFF, "statistic": Statistic.SUM}
