@@ -161,7 +161,7 @@ def draw(path: Path) -> int:
     with path.open("r+b") as file:
         for at in range(0, size, BLOCK):
             numbers = (generator.random(min(BLOCK, size - at), np.float32) - np.float32(0.5)) * np.float32(0.06)
-            file.write(numbers)
+            file.write(numbers.tobytes())
             file.flush()
             os.fdatasync(file.fileno())
             os.posix_fadvise(file.fileno(), 4 * at, numbers.nbytes, os.POSIX_FADV_DONTNEED)
