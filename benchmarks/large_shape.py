@@ -2,14 +2,15 @@
 
     python benchmarks/large_shape.py FOLDER [--layers 32] [--memory-mb 16384]
 
-Its parameters lie in one sparse file that is mapped, so that nobody ever holds them whole; the exporter writes the graph's
-weights one by one, and then they are drawn in their file, part by part. FOLDER needs 27 GB for 32 layers; it is left empty
-but for the result. What the preflight says of a build here is printed, and stands in the result.
+Its parameters lie in one sparse file that is mapped, which becomes the graph's file of weights: nobody ever holds them whole.
+After the export they are drawn there, part by part. FOLDER needs 27 GB for 32 layers; it is left empty. What the preflight says
+of a build here is printed, and stands in the result.
 """
 
 import argparse
 import dataclasses
 import json
+import os
 import resource
 import shutil
 import tempfile
@@ -17,13 +18,14 @@ import time
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
 from mosear.artifacts import CONFIG, HEADS
 from mosear.config import ARConfig, BackboneConfig, FaceConfig, ModelConfig, MoSEConfig, SceneConfig, VoiceConfig
-from mosear.contract import DECODER, parts
+from mosear.contract import DECODER, Part, parts
 from mosear.recipe import Recipe
 from mosear_export import build_tensorrt
 from mosear_export.demo.assemble import LABELS, PROMPT
@@ -31,7 +33,7 @@ from mosear_export.model.decoder import Decoder, zero_heads
 from mosear_export.model.whole import ReferenceModel
 from mosear_export.ops import ExportOps
 from mosear_export.preflight import memory_mb, preflight
-from mosear_export.to_onnx import export_part
+from mosear_export.to_onnx import export_part, save_part, trace_part
 
 RECIPE = Path(__file__).parents[1] / "export" / "recipes" / "rtx-fp16.toml"
 BLOCK = 1 << 22  # random numbers that are drawn at once
@@ -64,16 +66,23 @@ def measure(folder: Path, layers: int, *, build: bool) -> dict[str, object]:
     """Export every part into `folder`, draw the decoder's weights, ask the preflight; then `build` the decoder's plan."""
     config = shape(layers)
     started = time.monotonic()
-    model = mapped_model(config, folder / "parameters")
-    for part in parts(config).values():
-        export_part(model, part, folder / f"{part.name}.onnx")
+    weights = folder / f"{DECODER}.onnx.data"
+    model = mapped_model(config, weights)
+    for part in reversed(parts(config).values()):  # the decoder first
+        path = folder / f"{part.name}.onnx"
+        if part.name == DECODER:
+            export_in_place(model, part, path, weights)
+        else:
+            export_part(model, part, path)
         print(f"{part.name}: {time.monotonic() - started:.0f} s, {peak_mb()} MB at most", flush=True)
     exported = time.monotonic() - started
     config.save(folder / CONFIG)
-    numbers = draw(folder / f"{DECODER}.onnx.data")
     findings = [str(finding) for finding in preflight(Recipe.load(RECIPE), folder)]
     for finding in findings:
         print(finding)
+    peak = peak_mb()
+    print(f"exported and before the preflight after {exported:.0f} s, {peak} MB at most", flush=True)
+    numbers = draw(weights)
     result: dict[str, object] = {
         "layers": layers, "parameters": sum(p.numel() for p in model.decoder.parameters()),
         "weights_bytes": numbers * 4, "export_seconds": round(exported), "seconds": round(time.monotonic() - started),
@@ -129,13 +138,33 @@ def mapped_model(config: ModelConfig, path: Path) -> ReferenceModel:
     return model
 
 
+def export_in_place(model: ReferenceModel, part: Part, path: Path, weights: Path) -> None:
+    """Export a decoder whose parameters lie in the file that is to hold its weights: nothing is copied."""
+    program = trace_part(model, part)
+    start = min(parameter.data_ptr() for parameter in model.decoder.parameters())
+    end = start + weights.stat().st_size
+    for value in program.model.graph.initializers.values():
+        assert value.const_value is not None, "an initialiser has numbers"
+        array = value.const_value.numpy()
+        at = array.__array_interface__["data"][0]
+        if start <= at < end:  # a matrix that is turned reads its numbers in another order: they are random
+            value.const_value = ir.ExternalTensor(
+                weights.name, at - start, array.nbytes, ir.DataType.FLOAT, shape=ir.Shape(array.shape),
+                name=str(value.name), base_dir=path.parent,
+            )  # fmt: skip
+    save_part(program, model.config, part, path)
+
+
 def draw(path: Path) -> int:
-    """Random weights in a file, block by block; returns how many numbers it holds."""
+    """Random weights in a file, block by block, each on the disk before the next; returns how many numbers it holds."""
     generator, size = np.random.default_rng(0), path.stat().st_size // 4
     with path.open("r+b") as file:
         for at in range(0, size, BLOCK):
-            numbers = generator.standard_normal(min(BLOCK, size - at), np.float32) * np.float32(0.02)
+            numbers = (generator.random(min(BLOCK, size - at), np.float32) - np.float32(0.5)) * np.float32(0.06)
             file.write(numbers.tobytes())
+            file.flush()
+            os.fdatasync(file.fileno())
+            os.posix_fadvise(file.fileno(), 4 * at, numbers.nbytes, os.POSIX_FADV_DONTNEED)
     return size
 
 

@@ -53,7 +53,10 @@ def build(recipe: Recipe, root: Path, checkpoint: Path | None, report: Report, *
     with written(root):
         exported = _export(root, checkpoint, demo, report, hash_of)
         build_engine = build_tensorrt.build_engine if recipe.target in ON_TENSORRT else build.build_engine
-        return build_engine(recipe, exported, root / "engines", report, hash_of=hash_of)
+        made = build_engine(recipe, exported, root / "engines", report, hash_of=hash_of)
+    # Asked once more, so that the hashes of what was just written are known when the next build asks.
+    fresh_engine(recipe, root, checkpoint=checkpoint, demo=demo, hash_of=hash_of)
+    return made
 
 
 def fresh_engine(

@@ -22,6 +22,7 @@ from mosear_export.ops import DOMAIN, OPSET, VERSION, translations
 EXAMPLE_SIZES = {"B": 2, "S": 5, "L": 24, "T": 60, "N": 3, "Q": 4}
 # T is an even number of mel frames: two make one frame of the encoder.
 MULTIPLE = {"T": 2}
+SIZE_THRESHOLD = 1024  # bytes of a tensor that stays in the graph
 
 
 class PartModule(nn.Module):
@@ -46,6 +47,16 @@ class PartModule(nn.Module):
 
 def export_part(model: ReferenceModel, part: Part, path: Path) -> None:
     """Write `path` (.onnx) and `path`.data. The model must carry `ExportOps`."""
+    program = trace_part(model, part)
+    # Weights go to their file one by one.
+    program.model = external_data.unload_from_model(
+        program.model, path.parent, f"{path.name}.data", size_threshold_bytes=SIZE_THRESHOLD
+    )
+    save_part(program, model.config, part, path)
+
+
+def trace_part(model: ReferenceModel, part: Part) -> torch.onnx.ONNXProgram:
+    """A part's graph, its weights still the model's own memory."""
     inputs = part.inputs + part.heads
     sizes = {letter: torch.export.Dim(letter) for letter in EXAMPLE_SIZES if letter not in MULTIPLE}
     for letter, step in MULTIPLE.items():
@@ -65,12 +76,13 @@ def export_part(model: ReferenceModel, part: Part, path: Path) -> None:
             verbose=False,
         )
     assert program is not None
-    # Weights go to their file one by one: a model that lies in mapped files is never whole in memory.
-    program.model = external_data.unload_from_model(
-        program.model, path.parent, f"{path.name}.data", size_threshold_bytes=1024
-    )
+    return program
+
+
+def save_part(program: torch.onnx.ONNXProgram, config: ModelConfig, part: Part, path: Path) -> None:
+    """Write a graph whose weights lie in files beside it already."""
     proto = program.model_proto
-    finish(proto, part, model.config)
+    finish(proto, part, config)
     onnx.save_model(proto, path)
     onnx.checker.check_model(path)
 
