@@ -93,10 +93,14 @@ def _command(commands, name: str, run, about: str) -> argparse.ArgumentParser:  
 
 def _train_options(train: argparse.ArgumentParser) -> None:
     train.add_argument("--data", type=Path, required=True, help="folder with voices/ and faces/")
-    train.add_argument("--work", type=Path, default=BUILD / "training", help="kept between calls (default: %(default)s)")
+    train.add_argument(
+        "--work", type=Path, default=BUILD / "training", help="kept between calls (default: %(default)s)"
+    )
     train.add_argument("--output", type=Path, help="heads file; results go beside it (default: the demo's)")
     train.add_argument("--config", type=Path, help="TOML file of settings (TrainConfig)")
-    train.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="one setting, such as steps=100")
+    train.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="one setting, such as steps=100"
+    )
 
 
 def _repo_options(repo: argparse.ArgumentParser) -> None:

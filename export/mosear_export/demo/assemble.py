@@ -12,6 +12,7 @@ from mosear.config import (
     FaceConfig,
     ModelConfig,
     MoSEConfig,
+    Policy,
     PromptConfig,
     SceneConfig,
     VoiceConfig,
@@ -38,6 +39,8 @@ PROMPT = PromptConfig(
     reason_prefix="",
     stop="<|im_end|>",
 )
+# The heads are trained to heed where attention goes. Left alone they lean towards the voice; strength takes them to the face.
+AR = ARConfig(policy=Policy.TARGET, audio_share=0.1, move=1.0)
 LABELS = ("neutral", "happy", "sad", "angry", "fearful", "disgusted", "surprised", "bored")
 
 
@@ -48,7 +51,7 @@ def demo_config(model: GGUFModel) -> ModelConfig:
         labels=LABELS,
         backbone=model.config(),
         mose=MoSEConfig(),
-        ar=ARConfig(),
+        ar=AR,
         voice=VoiceConfig(),
         face=FaceConfig(),
         scene=SceneConfig(),

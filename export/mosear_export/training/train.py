@@ -54,7 +54,9 @@ class TrainConfig:
     start: Start = Start.CLASSIFIER
     plain: bool = False  # one LoRA for all modalities in place of experts, as a peer
     left_out: tuple[str, ...] = ("14", "15")  # speakers that training never hears: a woman and a man
-    held_faces: int = 0  # training photos of each label kept out and measured in place of the dev photos, to choose settings
+    held_faces: int = (
+        0  # training photos of each label kept out and measured in place of the dev photos, to choose settings
+    )
     seed: int = 0
     threads: int = 0  # 0: torch's own choice
     save_every: int = 20  # steps

@@ -14,20 +14,25 @@ ROWS = 512  # of the prefill whose tile is taken
 
 
 def cases(arch: int) -> list[Case]:
-    """Prefill in any order of groups, split and merge of both models."""
-    return [case for shape in (DEMO, LLAMA) for case in _cases(shape, arch)]
+    """Prefill in any order of groups, split and merge of both models, under each policy that one of them has."""
+    return [
+        case
+        for shape, policies in ((DEMO, (Policy.TARGET, Policy.BALANCE)), (LLAMA, (Policy.BALANCE,)))
+        for policy in policies
+        for case in _cases(shape, policy, arch)
+    ]
 
 
-def _cases(shape: Shape, arch: int) -> list[Case]:
-    scale, label = shape.head_size**-0.5, f"{shape.name} plugin"
+def _cases(shape: Shape, policy: Policy, arch: int) -> list[Case]:
+    scale, label = shape.head_size**-0.5, f"{shape.name} plugin" + (" target" if policy is Policy.TARGET else "")
     plan = launches.choose_launch(
-        batch=1, heads=shape.heads, head_size=shape.head_size, rows=ROWS, groups=GROUPS, policy=Policy.BALANCE,
+        batch=1, heads=shape.heads, head_size=shape.head_size, rows=ROWS, groups=GROUPS, policy=policy,
         statistic=Statistic.SUM, scale=scale, causal=True, arch=arch,
     )  # fmt: skip
     scalars = {"heads": ANY_ROWS, "kv_heads": ANY_ROWS, "rows": ANY_ROWS, "capacity": SLOTS}
     step = decode_launches.choose_launch(
         batch=1, heads=shape.heads, kv_heads=shape.kv_heads, head_size=shape.head_size, groups=GROUPS, longest=SLOTS,
-        policy=Policy.BALANCE, statistic=Statistic.SUM, scale=scale, causal=True, arch=arch,
+        policy=policy, statistic=Statistic.SUM, scale=scale, causal=True, arch=arch,
     )  # fmt: skip
     decode = decode_launches.step_cases(label, step, heads=ANY_ROWS, kv_heads=ANY_ROWS, capacity=SLOTS)
     return [Case(label=label, op=plan.kernel.op, launch=plan.launch, scalars=scalars), *decode]
