@@ -248,7 +248,7 @@ class ModelConfig:
     face: FaceConfig
     scene: SceneConfig
     prompt: PromptConfig
-    conflict: ConflictConfig = ConflictConfig()
+    conflict: ConflictConfig = dataclasses.field(default_factory=ConflictConfig)
 
     def __post_init__(self) -> None:
         if self.groups[:3] != ("text", "video", "audio") or len(self.groups) > 8:
