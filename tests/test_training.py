@@ -19,6 +19,7 @@ from mosear.errors import ConfigError
 from mosear.kernels.reallocated_attention.policy import params
 from mosear.kernels.reallocated_attention.reference import reallocated_attention
 from mosear.runtime.prompt import AUDIO, VIDEO, PromptBuilder, Task
+from mosear_export.demo.assemble import plain_lora
 from mosear_export.model.face import LABELS as FACE_LABELS
 from mosear_export.model.projector import Projector
 from mosear_export.training import linear, regularise
@@ -26,7 +27,7 @@ from mosear_export.training.evaluate import evaluate
 from mosear_export.training.examples import Sampler, answer_of
 from mosear_export.training.features import Features, Labelled, compute
 from mosear_export.training.ops import TrainOps
-from mosear_export.training.run import plain_lora, settings
+from mosear_export.training.run import settings
 from mosear_export.training.train import Start, TrainConfig, Trainer
 
 LABELS = ("neutral", "happy", "sad", "angry", "fearful", "disgusted", "surprised", "bored")

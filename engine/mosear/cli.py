@@ -54,6 +54,7 @@ def parser() -> argparse.ArgumentParser:
     build = _command(commands, "build", _build, "build an engine from a recipe")
     build.add_argument("--recipe", type=Path, default=RECIPE, help="default: %(default)s")
     build.add_argument("--checkpoint", type=Path, help="checkpoint folder (default: the demo's, assembled)")
+    build.add_argument("--heads", type=Path, help="heads file in place of the demo's (what train-heads wrote)")
     build.add_argument("--out", type=Path, default=BUILD, help="where onnx/ and engines/ lie (default: %(default)s)")
     build.add_argument("--dry-run", action="store_true", help="say what would stop the build, and build nothing")
     explain = _command(commands, "explain", _explain, "would an engine be rebuilt, and why")
@@ -160,12 +161,13 @@ def _fetch(options: argparse.Namespace) -> None:
 
 
 def _checkpoint(options: argparse.Namespace) -> Path:
-    from mosear_export.demo.assemble import assemble
+    from mosear_export.demo.assemble import HEADS, assemble
     from mosear_export.demo.fetch import default_cache, fetch
 
     if options.checkpoint:
         return Path(options.checkpoint)
-    return assemble(fetch(default_cache(), _say), options.out / "checkpoints", _say)
+    heads = getattr(options, "heads", None) or HEADS
+    return assemble(fetch(default_cache(), _say), options.out / "checkpoints", _say, heads=heads)
 
 
 def _export(options: argparse.Namespace) -> None:

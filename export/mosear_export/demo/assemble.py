@@ -1,5 +1,7 @@
 """The demo checkpoint: frozen parts of packages, our trained heads, one folder in the checkpoint format."""
 
+import dataclasses
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from mosear.config import (
     SceneConfig,
     VoiceConfig,
 )
+from mosear.errors import CheckpointError
 from mosear_export import checkpoint
 from mosear_export.demo.efficientnet import read_scene
 from mosear_export.demo.face_api import read_detector, read_expression
@@ -44,9 +47,9 @@ AR = ARConfig(policy=Policy.TARGET, audio_share=0.1, move=1.0)
 LABELS = ("neutral", "happy", "sad", "angry", "fearful", "disgusted", "surprised", "bored")
 
 
-def demo_config(model: GGUFModel) -> ModelConfig:
-    """Configuration of the demo model; the backbone's shape is the GGUF file's."""
-    return ModelConfig(
+def demo_config(model: GGUFModel, *, plain: bool = False) -> ModelConfig:
+    """Configuration of the demo model; the backbone's shape is the GGUF file's. plain: its peer with one LoRA for all."""
+    config = ModelConfig(
         name="mosear-demo",
         labels=LABELS,
         backbone=model.config(),
@@ -56,6 +59,19 @@ def demo_config(model: GGUFModel) -> ModelConfig:
         face=FaceConfig(),
         scene=SceneConfig(),
         prompt=PROMPT,
+    )
+    return plain_lora(config) if plain else config
+
+
+def plain_lora(config: ModelConfig) -> ModelConfig:
+    """The configuration with one LoRA for all modalities, of the largest rank that has no more parameters than the experts."""
+    mose, groups = config.mose, len(config.groups)
+    sizes = [config.backbone.linear_size(target) for target in mose.targets]
+    shared = mose.rank * (1 if mose.share_a else groups)
+    experts = sum(shared * i + groups * mose.experts * (i + mose.rank * o) for i, o in sizes)
+    rank = experts // sum(i + o for i, o in sizes)
+    return dataclasses.replace(
+        config, mose=dataclasses.replace(mose, rank=rank, alpha=mose.scale * rank, experts=1, share_a=True)
     )
 
 
@@ -71,9 +87,12 @@ def frozen_files(files: DemoFiles, model: GGUFModel, config: ModelConfig) -> dic
 
 
 def assemble(files: DemoFiles, root: Path, report: Callable[[str], None], *, heads: Path = HEADS) -> Path:
-    """Make the demo checkpoint below `root`, or find it there; returns its folder."""
+    """Make the demo checkpoint below `root`, or find it there; returns its folder.
+
+    heads: as `mosear train-heads` writes them, with their settings beside them in a file that ends in .json.
+    """
     model = GGUFModel(files.gguf)
-    config = demo_config(model)
+    config = demo_config(model, plain=_settings(heads)["plain"] is True)
     inputs: dict[str, object] = {"gguf": file_hash(files.gguf), "heads": file_hash(heads), "config": str(config)}
     if found := existing(root, kind=checkpoint.KIND, name=NAME, inputs=inputs):
         report(f"checkpoint: {found} is fresh")
@@ -85,3 +104,15 @@ def assemble(files: DemoFiles, root: Path, report: Callable[[str], None], *, hea
     found = root / NAME
     report(f"checkpoint: wrote {found.resolve()}")
     return found.resolve()
+
+
+def _settings(heads: Path) -> Mapping[str, object]:
+    """How heads were trained; raises CheckpointError."""
+    path = heads.with_suffix(".json")
+    try:
+        found: Mapping[str, object] = json.loads(path.read_text())["config"]
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{path} does not hold the settings of {heads.name} ({error!r}): train heads anew"
+        ) from None
+    return found

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from mosear.artifacts import key_of
-from mosear.config import ModelConfig, parse
+from mosear.config import parse
 from mosear.errors import ConfigError
 from mosear.runtime.prompt import PromptBuilder
 from mosear_export.demo.assemble import demo_config, frozen_files
@@ -46,8 +46,7 @@ def train_heads(data: Path, work: Path, output: Path, config: TrainConfig, repor
         torch.set_num_threads(config.threads)
     files = fetch(default_cache(), report)
     backbone = GGUFModel(files.gguf)
-    model_config = demo_config(backbone)
-    model = ReferenceModel(plain_lora(model_config) if config.plain else model_config, TrainOps())
+    model = ReferenceModel(demo_config(backbone, plain=config.plain), TrainOps())
     wanted = model.files()
     for name, tensors in frozen_files(files, backbone, model.config).items():
         for key, tensor in tensors.items():
@@ -83,15 +82,3 @@ def held_back(faces: Labelled, count: int) -> npt.NDArray[np.bool_]:
     for emotion in np.unique(faces.emotion):
         kept[np.flatnonzero((faces.origin == "train") & (faces.emotion == emotion))[:count]] = True
     return kept
-
-
-def plain_lora(config: ModelConfig) -> ModelConfig:
-    """The configuration with one LoRA for all modalities, of the largest rank that has no more parameters than the experts."""
-    mose, groups = config.mose, len(config.groups)
-    sizes = [config.backbone.linear_size(target) for target in mose.targets]
-    shared = mose.rank * (1 if mose.share_a else groups)
-    experts = sum(shared * i + groups * mose.experts * (i + mose.rank * o) for i, o in sizes)
-    rank = experts // sum(i + o for i, o in sizes)
-    return dataclasses.replace(
-        config, mose=dataclasses.replace(mose, rank=rank, alpha=mose.scale * rank, experts=1, share_a=True)
-    )
