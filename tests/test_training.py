@@ -10,6 +10,7 @@ import pytest
 import torch
 import toy
 from PIL import Image
+from safetensors.torch import save_file
 from tolerance import assert_close
 from toy_engine import byte_tokenizer
 
@@ -210,13 +211,47 @@ def test_projectors_start_at_the_words_of_the_nets_own_labels() -> None:
     projector.mean.copy_(values.mean(0))
     projector.deviation.copy_(values.std(0))
     standard = (values - projector.mean) / projector.deviation
-    classifier = linear.face_classifier(LABELS, projector.deviation, projector.mean)
+    classifier = torch.zeros(len(LABELS), size + 1)  # the net's own: its logits are the last of its features
+    for index, label in enumerate(FACE_LABELS, size - len(FACE_LABELS)):
+        classifier[LABELS.index(label), index] = projector.deviation[index]
+        classifier[LABELS.index(label), -1] = projector.mean[index]
     linear.start_from(projector, classifier, directions, standard)
     nearest = (projector(values) @ directions.T).argmax(1)
     net = torch.tensor([LABELS.index(FACE_LABELS[i]) for i in values[:, -len(FACE_LABELS) :].argmax(1)])
     assert (nearest == net).float().mean() > 0.8
     untouched = trainer(dataclasses.replace(SETTINGS, start=Start.RANDOM)).projected["face_projector.linear.weight"]
     assert not torch.equal(untouched, trainer().projected["face_projector.linear.weight"])
+
+
+def test_a_trained_projector_reads_another_classifier_as_it_read_the_nets_logits() -> None:
+    """The net's own logits, at any size, change nothing; others move only what was read of logits."""
+    generator = torch.Generator().manual_seed(0)
+    count, size = len(FACE_LABELS), 9 + len(FACE_LABELS)
+    values = torch.randn(200, size, generator=generator)
+    values = (values - values.mean(0)) / values.std(0)
+    projector = Projector(size, 16).requires_grad_(False)
+    before = projector.linear(values).clone()
+    own = torch.cat([torch.zeros(count, size - count), torch.eye(count), torch.ones(count, 1)], dim=1)
+    linear.reread(projector, 3 * own, values)
+    assert_close(projector.linear(values), before, kind="op")
+    turned = torch.cat([values[:, :-count], values[:, -count:].roll(1, dims=1)], dim=1)
+    wanted = projector.linear(turned).clone()
+    linear.reread(projector, own.roll(1, dims=0), values)
+    assert_close(projector.linear(values), wanted, kind="op")
+
+
+def test_heads_to_go_on_from_are_checked(tmp_path: Path) -> None:
+    made = trainer()
+    heads = {name: tensor.detach() for name, tensor in made.model.files()["heads"].items()}
+    save_file(heads, tmp_path / "a.safetensors")
+    found = trainer(dataclasses.replace(SETTINGS, base=str(tmp_path / "a.safetensors")))
+    name = next(n for n in heads if n.endswith(".a"))
+    assert torch.equal(found.model.heads[name].detach(), heads[name])
+    del heads[name]
+    save_file(heads, tmp_path / "b.safetensors")
+    for file, message in (("b", "not this model's"), ("c", "cannot be read")):
+        with pytest.raises(ConfigError, match=message):
+            trainer(dataclasses.replace(SETTINGS, base=str(tmp_path / f"{file}.safetensors")))
 
 
 def test_evaluation_gives_every_figure() -> None:
