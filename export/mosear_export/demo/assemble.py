@@ -43,7 +43,7 @@ PROMPT = PromptConfig(
     stop="<|im_end|>",
 )
 # The heads are trained to heed where attention goes. Left alone they lean towards the voice; strength takes them to the face.
-AR = ARConfig(policy=Policy.TARGET, audio_share=0.1, move=1.0)
+AR = ARConfig(policy=Policy.TARGET, audio_share=0.2, move=1.0)
 LABELS = ("neutral", "happy", "sad", "angry", "fearful", "disgusted", "surprised", "bored")
 
 

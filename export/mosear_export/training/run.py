@@ -67,7 +67,7 @@ def train_heads(data: Path, work: Path, output: Path, config: TrainConfig, repor
     for name, tensor in model.files()["heads"].items():  # what is measured is what is shipped
         tensor.detach().copy_(heads[name])
     results: dict[str, object] = {
-        "config": dataclasses.asdict(config),
+        "config": dataclasses.asdict(config) | {"base": Path(config.base).name},
         **evaluate(trainer, features.voices.where(left_out), features.faces.where(measured), report),
     }
     output.with_suffix(".json").write_text(json.dumps(results, indent=2) + "\n")
