@@ -70,5 +70,5 @@ def reread(projector: Projector, classifier: Tensor, values: Tensor) -> None:
     weight, count = projector.linear.weight, len(classifier)
     reading = weight[:, -count:].clone()  # [d, 7]
     weight[:, -count:] = 0
-    weight += reading @ rows[:, :-1]
-    projector.linear.bias += reading @ rows[:, -1]
+    weight.add_(reading @ rows[:, :-1])
+    projector.linear.bias.add_(reading @ rows[:, -1])

@@ -17,6 +17,7 @@ from mosear.contract import MODALITY_WEIGHT
 from mosear.errors import ConfigError
 from mosear.kernels.reallocated_attention.policy import params
 from mosear.runtime.prompt import PromptBuilder
+from mosear_export.model.face import LABELS as FACE_LABELS
 from mosear_export.model.projector import Projector, VoiceProjector
 from mosear_export.model.whole import ReferenceModel
 from mosear_export.training import linear, regularise
@@ -158,7 +159,7 @@ class Trainer:
         emotion, decay = list(faces.emotion.repeat(faces.values.shape[1])), linear.face_decay(flat.shape[1])
         fitted = linear.fit(standard, labels, emotion, decay=decay)
         with torch.no_grad():
-            linear.reread(projector, fitted[[labels.index(label) for label in linear.FACE_LABELS]], standard)
+            linear.reread(projector, fitted[[labels.index(label) for label in FACE_LABELS]], standard)
 
     def tokens(self, example: Example, *, noise: bool) -> dict[str, Tensor]:
         """Projected tokens [n, d] of what is there, with noise on the features while training."""
