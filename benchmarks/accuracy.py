@@ -103,8 +103,8 @@ def policy_of(text: str, default: ARConfig) -> ARConfig:
     try:
         policy = Policy(name)
         if not share:
-            return dataclasses.replace(default, policy=policy)
-        return dataclasses.replace(default, policy=policy, audio_share=float(share), move=1.0)
+            return ARConfig(policy=policy, strength=default.strength)
+        return ARConfig(policy=policy, strength=default.strength, audio_share=float(share), move=1.0)
     except ValueError:
         raise ConfigError(f"--policy is {text!r}: name one of {', '.join(Policy)}, such as target:0.9") from None
 

@@ -109,7 +109,7 @@ def _detection(results: Results) -> list[Bar]:
     found = results["detection"]
     if not found:
         return []
-    balanced, chance = found["threshold on the other half"]["balanced accuracy"], found.get("independent words", 0.0)
+    balanced, chance = found["calibrated on the other half"]["balanced accuracy"], found.get("independent words", 0.0)
     return [
         Bar(
             what=f"conflict detected: balanced accuracy 72 % or more, above independent words ({100 * chance:.1f} %)",

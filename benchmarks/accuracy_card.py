@@ -28,7 +28,7 @@ def filled(card: str, results: Path, subject: str) -> str:
     if not begin or not end:
         raise ConfigError(f"the card lacks its markers {BEGIN} and {END}: add them where the results go")
     result = found[subject]
-    machine = f"Measured on {result['machine']['cpu']}, {result['machine']['date'][:10]}, through the engine."
+    machine = f"Measured on {result['machine']['cpu']}, {result['machine']['date'][:10]}, through the {subject}."
     lines = text(subject, result, bars(result, default=result["settings"]["default strength"]))[2:]
     return "\n".join([f"{head}{BEGIN}", machine, "", *lines]).rstrip() + f"\n{END}{tail}"
 

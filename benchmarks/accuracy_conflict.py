@@ -11,10 +11,13 @@ from accuracy_asking import Question, Record
 from accuracy_metrics import Estimate
 from accuracy_pairs import Encoded, Kind, Pair, Sample, truth
 
+from mosear.config import ConflictConfig
+from mosear.runtime.disagreement import disagreement
 from mosear.runtime.prompt import Task
-from mosear.runtime.request import Request
+from mosear.runtime.request import Judgement, Request
 
 Answers = Mapping[str, Record]
+TEMPERATURES = (0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0)  # tried for face and voice
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,23 +179,32 @@ class Evaluation:
         }
 
     def detection(self) -> dict[str, object]:
-        """Is there a conflict: from both modalities' probabilities (threshold of the other half of the pairs), and from
-        whether both labels differ, beside what independent words of the measured confusions would give."""
+        """Is there a conflict: from the report's score (threshold, and with `calibrated` temperatures too, of the other half
+        of the pairs), as the report says, and from whether both labels differ, beside what independent words of the
+        measured confusions would give. fitted: what is best on all pairs."""
         pairs = [i for i in range(len(self.plan.pairs)) if self.plan.key(i, self.plan.default) in self.answers]
         records = [self.answers[self.plan.key(i, self.plan.default)] for i in pairs]
-        scores = np.array([1 - sum(_product(record)) for record in records])
+        grid = [ConflictConfig(face_temperature=f, voice_temperature=v) for f in TEMPERATURES for v in TEMPERATURES]
+        table = np.array([[_disagreement(record, config) for record in records] for config in grid])
+        scores = table[grid.index(ConflictConfig())]
         positive = np.array([self.plan.pairs[i].kind is not Kind.CONSISTENT for i in pairs])
         if positive.all() or not positive.any():
             return {}
         half = np.array([self.plan.pairs[i].voice % 2 == 0 for i in pairs])
-        said = metrics.cross_fitted(scores, positive, half)
+        said, calibrated = (metrics.cross_fitted(rows, positive, half) for rows in (scores[None], table))
+        best = metrics.best_row(table, positive)
         differ = np.array([record["face"]["label"] != record["voice"]["label"] for record in records])
         clusters = [self.plan.pairs[i].voice for i in pairs]
         found: dict[str, object] = {
             "auroc": _plain(metrics.bootstrap(_rank(scores, positive), clusters)),
             "threshold on the other half": _decided(said, positive, clusters),
+            "calibrated on the other half": _decided(calibrated, positive, clusters),
+            "as the report says": _decided(np.array([r["conflict"] for r in records]), positive, clusters),
             "labels differ": _decided(differ, positive, clusters),
         }
+        found["fitted"] = dataclasses.asdict(
+            dataclasses.replace(grid[best], threshold=metrics.best_threshold(table[best], positive))
+        ) | {"auroc": metrics.auroc(table[best][positive], table[best][~positive])}
         if chance := self._independent(pairs):
             found["independent words"] = chance
         return found
@@ -249,9 +261,9 @@ def named(text: str, labels: Sequence[str]) -> set[str]:
     return {label for label in labels if re.search(rf"\b{re.escape(label)}\b", text.lower())}
 
 
-def _product(record: Record) -> list[float]:
-    voice, face = record["voice"]["probabilities"], record["face"]["probabilities"]
-    return [voice[label] * face[label] for label in voice]
+def _disagreement(record: Record, config: ConflictConfig) -> float:
+    face, voice = (Judgement(label=told["label"], scores=told["scores"]) for told in (record["face"], record["voice"]))
+    return disagreement(face, voice, config)
 
 
 def _rank(scores: metrics.Array, positive: np.ndarray):  # type: ignore[no-untyped-def, type-arg]

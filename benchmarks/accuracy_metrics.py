@@ -86,11 +86,17 @@ def balanced(said: npt.NDArray[np.bool_], positive: npt.NDArray[np.bool_]) -> fl
 
 
 def cross_fitted(scores: Array, positive: npt.NDArray[np.bool_], half: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
-    """Decisions on each half at the threshold that is best on the other."""
-    said = np.zeros(len(scores), bool)
+    """Decisions on each half: by the row of scores [K, n] that ranks best on the other, at the threshold that is best there."""
+    said = np.zeros(len(positive), bool)
     for part in (half, ~half):
-        said[part] = scores[part] >= best_threshold(scores[~part], positive[~part])
+        row = scores[best_row(scores[:, ~part], positive[~part])]
+        said[part] = row[part] >= best_threshold(row[~part], positive[~part])
     return said
+
+
+def best_row(scores: Array, positive: npt.NDArray[np.bool_]) -> int:
+    """The row of scores [K, n] with the highest AUROC."""
+    return int(np.argmax([auroc(row[positive], row[~positive]) for row in scores]))
 
 
 def chance_of_words(voice: Array, face: Array, kinds: Sequence[tuple[int, int]]) -> float:

@@ -34,7 +34,7 @@ def test_a_threshold_is_not_chosen_on_what_it_decides() -> None:
     positive = np.array([False, True, False, True])
     half = np.array([True, True, False, False])
     # The first half's best threshold is 0.9, the second's is 0.2 or 0.6 (both 0.5): the lowest of the best is taken.
-    assert metrics.cross_fitted(scores, positive, half).tolist() == [False, True, False, False]
+    assert metrics.cross_fitted(scores[None], positive, half).tolist() == [False, True, False, False]
 
 
 def test_spearman_and_slope() -> None:

@@ -2,7 +2,6 @@
 
 import csv
 import dataclasses
-import sys
 import wave
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import pytest
 import torch
 import toy
 from PIL import Image
+from safetensors.torch import save_file
 from tolerance import assert_close
 from toy_engine import byte_tokenizer
 
@@ -20,6 +20,7 @@ from mosear.errors import ConfigError
 from mosear.kernels.reallocated_attention.policy import params
 from mosear.kernels.reallocated_attention.reference import reallocated_attention
 from mosear.runtime.prompt import AUDIO, VIDEO, PromptBuilder, Task
+from mosear_export.demo.assemble import plain_lora
 from mosear_export.model.face import LABELS as FACE_LABELS
 from mosear_export.model.projector import Projector
 from mosear_export.training import linear, regularise
@@ -27,12 +28,8 @@ from mosear_export.training.evaluate import evaluate
 from mosear_export.training.examples import Sampler, answer_of
 from mosear_export.training.features import Features, Labelled, compute
 from mosear_export.training.ops import TrainOps
-from mosear_export.training.run import plain_lora
+from mosear_export.training.run import settings
 from mosear_export.training.train import Start, TrainConfig, Trainer
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "export"))
-
-from train_heads import settings
 
 LABELS = ("neutral", "happy", "sad", "angry", "fearful", "disgusted", "surprised", "bored")
 SETTINGS = TrainConfig(steps=4, batch=3, warm_up=1, save_every=2, learning_rate=0.01, direct=0.5, reallocate=0.5)
@@ -214,7 +211,10 @@ def test_projectors_start_at_the_words_of_the_nets_own_labels() -> None:
     projector.mean.copy_(values.mean(0))
     projector.deviation.copy_(values.std(0))
     standard = (values - projector.mean) / projector.deviation
-    classifier = linear.face_classifier(LABELS, projector.deviation, projector.mean)
+    classifier = torch.zeros(len(LABELS), size + 1)  # the net's own: its logits are the last of its features
+    for index, label in enumerate(FACE_LABELS, size - len(FACE_LABELS)):
+        classifier[LABELS.index(label), index] = projector.deviation[index]
+        classifier[LABELS.index(label), -1] = projector.mean[index]
     linear.start_from(projector, classifier, directions, standard)
     nearest = (projector(values) @ directions.T).argmax(1)
     net = torch.tensor([LABELS.index(FACE_LABELS[i]) for i in values[:, -len(FACE_LABELS) :].argmax(1)])
@@ -223,11 +223,42 @@ def test_projectors_start_at_the_words_of_the_nets_own_labels() -> None:
     assert not torch.equal(untouched, trainer().projected["face_projector.linear.weight"])
 
 
+def test_a_trained_projector_reads_another_classifier_as_it_read_the_nets_logits() -> None:
+    """The net's own logits, at any size, change nothing; others move only what was read of logits."""
+    generator = torch.Generator().manual_seed(0)
+    count, size = len(FACE_LABELS), 9 + len(FACE_LABELS)
+    values = torch.randn(200, size, generator=generator)
+    values = (values - values.mean(0)) / values.std(0)
+    projector = Projector(size, 16).requires_grad_(False)
+    before = projector.linear(values).clone()
+    own = torch.cat([torch.zeros(count, size - count), torch.eye(count), torch.ones(count, 1)], dim=1)
+    linear.reread(projector, 3 * own, values)
+    assert_close(projector.linear(values), before, kind="op")
+    turned = torch.cat([values[:, :-count], values[:, -count:].roll(1, dims=1)], dim=1)
+    wanted = projector.linear(turned).clone()
+    linear.reread(projector, own.roll(1, dims=0), values)
+    assert_close(projector.linear(values), wanted, kind="op")
+
+
+def test_heads_to_go_on_from_are_checked(tmp_path: Path) -> None:
+    made = trainer()
+    heads = {name: tensor.detach() for name, tensor in made.model.files()["heads"].items()}
+    save_file(heads, tmp_path / "a.safetensors")
+    found = trainer(dataclasses.replace(SETTINGS, base=str(tmp_path / "a.safetensors")))
+    name = next(n for n in heads if n.endswith(".a"))
+    assert torch.equal(found.model.heads[name].detach(), heads[name])
+    del heads[name]
+    save_file(heads, tmp_path / "b.safetensors")
+    for file, message in (("b", "not this model's"), ("c", "cannot be read")):
+        with pytest.raises(ConfigError, match=message):
+            trainer(dataclasses.replace(SETTINGS, base=str(tmp_path / f"{file}.safetensors")))
+
+
 def test_evaluation_gives_every_figure() -> None:
     made = trainer()
     data = features(made.model.config)
     found = evaluate(made, data.voices, data.faces, print)
-    assert set(found) >= {"voice", "voice_beside_face", "face", "pairs, off", "pairs, audio share 0.9"}
+    assert set(found) >= {"voice", "face", "pairs, strength 0", "pairs, strength 1"}
     assert all(0 <= value <= 1 for name in found for key, value in found[name].items() if key != "n")
     assert found["face"]["n"] == len(data.faces.values)
 

@@ -56,7 +56,8 @@ def summary(answer: Answer) -> str:
         for line in _judged(title, judgement)
     ]
     if answer.conflict is not None:
-        lines.append("face and voice disagree" if answer.conflict else "face and voice agree")
+        verdict = "face and voice disagree" if answer.conflict else "face and voice agree"
+        lines.append(verdict if answer.conflict_score is None else f"{verdict} (score {answer.conflict_score:.2f})")
     before, after = answer.modality_mass.mean(0)
     lines += ["", "attention mass    " + "".join(f"{group:>9}" for group in answer.groups)]
     lines += [

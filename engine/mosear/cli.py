@@ -54,6 +54,7 @@ def parser() -> argparse.ArgumentParser:
     build = _command(commands, "build", _build, "build an engine from a recipe")
     build.add_argument("--recipe", type=Path, default=RECIPE, help="default: %(default)s")
     build.add_argument("--checkpoint", type=Path, help="checkpoint folder (default: the demo's, assembled)")
+    build.add_argument("--heads", type=Path, help="heads file in place of the demo's (what train-heads wrote)")
     build.add_argument("--out", type=Path, default=BUILD, help="where onnx/ and engines/ lie (default: %(default)s)")
     for command in (export, build):
         command.add_argument(
@@ -64,6 +65,7 @@ def parser() -> argparse.ArgumentParser:
     explain.add_argument("folder", type=Path, nargs="?", default=ENGINE, help="engine folder (default: %(default)s)")
     explain.add_argument("--onnx", type=Path, default=BUILD / "onnx" / "onnx", help="default: %(default)s")
     explain.add_argument("--recipe", type=Path, help="to compare with (default: the engine's own)")
+    _train_options(_command(commands, "train-heads", _train, "train a demo model's heads on labelled voices and faces"))
     parity = _command(commands, "parity", _parity, "compare an engine with the PyTorch reference on 20 real prompts")
     parity.add_argument("--engine", type=Path, default=ENGINE, help="default: %(default)s")
     parity.add_argument("--checkpoint", type=Path, default=BUILD / "checkpoints" / "demo", help="default: %(default)s")
@@ -92,6 +94,18 @@ def _command(commands, name: str, run, about: str) -> argparse.ArgumentParser:  
     command: argparse.ArgumentParser = commands.add_parser(name, help=about, description=about)
     command.set_defaults(run=run)
     return command
+
+
+def _train_options(train: argparse.ArgumentParser) -> None:
+    train.add_argument("--data", type=Path, required=True, help="folder with voices/ and faces/")
+    train.add_argument(
+        "--work", type=Path, default=BUILD / "training", help="kept between calls (default: %(default)s)"
+    )
+    train.add_argument("--output", type=Path, help="heads file; results go beside it (default: the demo's)")
+    train.add_argument("--config", type=Path, help="TOML file of settings (TrainConfig)")
+    train.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="one setting, such as steps=100"
+    )
 
 
 def _repo_options(repo: argparse.ArgumentParser) -> None:
@@ -176,9 +190,11 @@ def _build(options: argparse.Namespace) -> int:
     if options.dry_run:
         return _preflight(recipe, options.out / "onnx" / "onnx")
     from mosear_export import chain
+    from mosear_export.inputs import DEMO_HEADS
 
     with chain.hashes(options.out, verify=options.verify) as hash_of:
-        chain.build(recipe, options.out, options.checkpoint, _say, hash_of=hash_of)
+        heads = options.heads or DEMO_HEADS
+        chain.build(recipe, options.out, options.checkpoint, _say, hash_of=hash_of, heads=heads)
     return 0
 
 
@@ -200,6 +216,14 @@ def _explain(options: argparse.Namespace) -> None:
 
     for line in explain(options.folder, options.onnx, options.recipe):
         _say(line)
+
+
+def _train(options: argparse.Namespace) -> None:
+    from mosear_export.inputs import DEMO_HEADS
+    from mosear_export.training.run import settings, train_heads
+
+    config = settings(options.config, options.set)
+    train_heads(options.data, options.work, options.output or DEMO_HEADS, config, _say)
 
 
 def _parity(options: argparse.Namespace) -> None:

@@ -148,6 +148,21 @@ class ARConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ConflictConfig:
+    """When a conflict report says that face and voice disagree (`runtime/disagreement.py`): temperatures that calibrate what
+    is said from each alone, and the score from which on they disagree (None: where their labels differ)."""
+
+    face_temperature: float = 1.0
+    voice_temperature: float = 1.0
+    threshold: float | None = None
+
+    def __post_init__(self) -> None:
+        _check_positive("conflict", self, ["face_temperature", "voice_temperature"])
+        if self.threshold is not None and not 0 <= self.threshold <= 1:
+            raise ConfigError(f"conflict.threshold is {self.threshold}: it is a probability, from 0 to 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class VoiceConfig:
     """Voice encoder (Whisper architecture, its first `blocks` blocks) and how a clip becomes tokens."""
 
@@ -233,6 +248,7 @@ class ModelConfig:
     face: FaceConfig
     scene: SceneConfig
     prompt: PromptConfig
+    conflict: ConflictConfig = dataclasses.field(default_factory=ConflictConfig)
 
     def __post_init__(self) -> None:
         if self.groups[:3] != ("text", "video", "audio") or len(self.groups) > 8:

@@ -42,33 +42,41 @@ def written(root: Path) -> Iterator[None]:
         ) from error
 
 
-def build(recipe: Recipe, root: Path, checkpoint: Path | None, report: Report, *, hash_of: HashOf) -> Path:
-    """The engine of a recipe below `root`; what of the chain is not fresh is made."""
+def build(
+    recipe: Recipe, root: Path, checkpoint: Path | None, report: Report, *, hash_of: HashOf, heads: Path = DEMO_HEADS
+) -> Path:
+    """The engine of a recipe below `root`; what of the chain is not fresh is made. heads: of the demo's checkpoint."""
     demo = _demo(checkpoint, report, hash_of)
-    if found := fresh_engine(recipe, root, checkpoint=checkpoint, demo=demo, hash_of=hash_of):
+    if found := fresh_engine(recipe, root, checkpoint=checkpoint, demo=demo, hash_of=hash_of, heads=heads):
         report(f"engine: {found} is fresh")
         return found
     from mosear_export import build, build_tensorrt
 
     with written(root):
-        exported = _export(root, checkpoint, demo, report, hash_of)
+        exported = _export(root, checkpoint, demo, report, hash_of, heads)
         build_engine = build_tensorrt.build_engine if recipe.target in ON_TENSORRT else build.build_engine
         made = build_engine(recipe, exported, root / "engines", report, hash_of=hash_of)
     # Asked once more, so that the hashes of what was just written are known when the next build asks.
-    fresh_engine(recipe, root, checkpoint=checkpoint, demo=demo, hash_of=hash_of)
+    fresh_engine(recipe, root, checkpoint=checkpoint, demo=demo, hash_of=hash_of, heads=heads)
     return made
 
 
 def fresh_engine(
-    recipe: Recipe, root: Path, *, checkpoint: Path | None, demo: DemoFiles | None, hash_of: HashOf
+    recipe: Recipe,
+    root: Path,
+    *,
+    checkpoint: Path | None,
+    demo: DemoFiles | None,
+    hash_of: HashOf,
+    heads: Path = DEMO_HEADS,
 ) -> Path | None:
     """The engine folder that a build below `root` would end with, if it and all before it are fresh and whole.
 
-    checkpoint: its folder; else `demo` names the files of the demo's. Nothing is written but the links to the newest.
+    checkpoint: its folder; else `demo` names the files of the demo's, `heads` its heads. Nothing is written but the links to the newest.
     """
     if checkpoint is None:
         assert demo is not None, "a build has a checkpoint, or makes the demo's"
-        inputs = checkpoint_inputs(demo.gguf, DEMO_HEADS, hash_of)
+        inputs = checkpoint_inputs(demo.gguf, heads, hash_of)
         checkpoint = existing(root / "checkpoints", kind=CHECKPOINT, name=DEMO, inputs=inputs, hash_of=hash_of)
     if checkpoint is None:
         return None
@@ -89,11 +97,18 @@ def _demo(checkpoint: Path | None, report: Report, hash_of: HashOf) -> DemoFiles
     return None if checkpoint else fetch(default_cache(), report, hash_of=hash_of)
 
 
-def _export(root: Path, checkpoint: Path | None, demo: DemoFiles | None, report: Report, hash_of: HashOf) -> Path:
+def _export(
+    root: Path,
+    checkpoint: Path | None,
+    demo: DemoFiles | None,
+    report: Report,
+    hash_of: HashOf,
+    heads: Path = DEMO_HEADS,
+) -> Path:
     from mosear_export.demo.assemble import assemble
     from mosear_export.export import export_checkpoint
 
     if checkpoint is None:
         assert demo is not None, "a build has a checkpoint, or makes the demo's"
-        checkpoint = assemble(demo, root / "checkpoints", report, hash_of=hash_of)
+        checkpoint = assemble(demo, root / "checkpoints", report, heads=heads, hash_of=hash_of)
     return export_checkpoint(checkpoint, root / "onnx", report, hash_of=hash_of)

@@ -32,7 +32,9 @@ TENSORRT_CODE = (*SHARED_CODE, "masked.py", "masked_body.py", "narrow.py", "tens
 def checkpoint_inputs(gguf: Path, heads: Path, hash_of: HashOf) -> dict[str, object]:
     """Of the demo's checkpoint; its other parts are packages whose hashes stand in the code."""
     code = _hashes(EXPORT, CHECKPOINT_CODE) | _hashes(ENGINE, ("config.py",))
-    return {"gguf": hash_of(gguf), "heads": hash_of(heads), "code": code}
+    settings = heads.with_suffix(".json")
+    how = hash_of(settings) if settings.is_file() else MISSING
+    return {"gguf": hash_of(gguf), "heads": hash_of(heads), "settings": how, "code": code}
 
 
 def onnx_inputs(checkpoint: dict[str, str]) -> dict[str, object]:

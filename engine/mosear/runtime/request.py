@@ -118,6 +118,7 @@ class Answer:
     face: Judgement | None = None  # conflict: what the model says with the voice muted
     voice: Judgement | None = None  # conflict: with the face muted
     conflict: bool | None = None  # None: not asked, or a modality is missing
+    conflict_score: float | None = None  # 0 to 1: how surely they disagree (runtime/disagreement.py)
     modality_mass: FloatArray  # [layers, 2, G]: before and after, mean over heads
     expert_weights: FloatArray  # [G, E]: mean over the layers' gates and the group's prompt positions
     groups: tuple[str, ...]
@@ -141,6 +142,7 @@ class Answer:
             face=judgement(record["face"]),
             voice=judgement(record["voice"]),
             conflict=record["conflict"],
+            conflict_score=record["conflict_score"],
             modality_mass=np.array(record["modality_mass"], np.float32),
             expert_weights=np.array([record["expert_weights"][group] for group in groups], np.float32),
             groups=groups,
@@ -170,6 +172,7 @@ class Answer:
             "face": judged(self.face),
             "voice": judged(self.voice),
             "conflict": self.conflict,
+            "conflict_score": self.conflict_score,
             "mass_before": dict(zip(self.groups, map(float, mass[0]))),
             "mass_after": dict(zip(self.groups, map(float, mass[1]))),
             "modality_mass": self.modality_mass.tolist(),

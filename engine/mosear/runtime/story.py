@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from mosear.config import ModelConfig
 from mosear.runtime.decode import Prefilled, Said, Scored, Work
+from mosear.runtime.disagreement import disagree, disagreement
 from mosear.runtime.prompt import PromptBuilder
 from mosear.runtime.request import Answer, Judgement
 from mosear.runtime.sampling import FloatArray
@@ -49,7 +50,8 @@ class Story:
             joint=joint,
             face=face,
             voice=voice,
-            conflict=face.label != voice.label if face and voice else None,
+            conflict=disagree(face, voice, self.config.conflict) if face and voice else None,
+            conflict_score=disagreement(face, voice, self.config.conflict) if face and voice else None,
             modality_mass=self.prefilled.mass,
             expert_weights=self.prefilled.experts,
             groups=self.config.groups,

@@ -1,5 +1,7 @@
 """The demo checkpoint: frozen parts of packages, our trained heads, one folder in the checkpoint format."""
 
+import dataclasses
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -12,10 +14,12 @@ from mosear.config import (
     FaceConfig,
     ModelConfig,
     MoSEConfig,
+    Policy,
     PromptConfig,
     SceneConfig,
     VoiceConfig,
 )
+from mosear.errors import CheckpointError
 from mosear.hashes import HashOf, file_hash
 from mosear_export import checkpoint
 from mosear_export.demo.efficientnet import read_scene
@@ -38,21 +42,36 @@ PROMPT = PromptConfig(
     reason_prefix="",
     stop="<|im_end|>",
 )
+# The heads are trained to heed where attention goes. Left alone they lean towards the voice; strength takes them to the face.
+AR = ARConfig(policy=Policy.TARGET, audio_share=0.2, move=1.0)
 LABELS = ("neutral", "happy", "sad", "angry", "fearful", "disgusted", "surprised", "bored")
 
 
-def demo_config(model: GGUFModel) -> ModelConfig:
-    """Configuration of the demo model; the backbone's shape is the GGUF file's."""
-    return ModelConfig(
+def demo_config(model: GGUFModel, *, plain: bool = False) -> ModelConfig:
+    """Configuration of the demo model; the backbone's shape is the GGUF file's. plain: its peer with one LoRA for all."""
+    config = ModelConfig(
         name="mosear-demo",
         labels=LABELS,
         backbone=model.config(),
         mose=MoSEConfig(),
-        ar=ARConfig(),
+        ar=AR,
         voice=VoiceConfig(),
         face=FaceConfig(),
         scene=SceneConfig(),
         prompt=PROMPT,
+    )
+    return plain_lora(config) if plain else config
+
+
+def plain_lora(config: ModelConfig) -> ModelConfig:
+    """The configuration with one LoRA for all modalities, of the largest rank that has no more parameters than the experts."""
+    mose, groups = config.mose, len(config.groups)
+    sizes = [config.backbone.linear_size(target) for target in mose.targets]
+    shared = mose.rank * (1 if mose.share_a else groups)
+    experts = sum(shared * i + groups * mose.experts * (i + mose.rank * o) for i, o in sizes)
+    rank = experts // sum(i + o for i, o in sizes)
+    return dataclasses.replace(
+        config, mose=dataclasses.replace(mose, rank=rank, alpha=mose.scale * rank, experts=1, share_a=True)
     )
 
 
@@ -75,13 +94,16 @@ def assemble(
     heads: Path = DEMO_HEADS,
     hash_of: HashOf | None = None,
 ) -> Path:
-    """Make the demo checkpoint below `root`, or find it there (`hash_of`: as for `existing`); returns its folder."""
+    """Make the demo checkpoint below `root`, or find it there (`hash_of`: as for `existing`); returns its folder.
+
+    heads: as `mosear train-heads` writes them, with their settings beside them in a file that ends in .json.
+    """
     inputs = checkpoint_inputs(files.gguf, heads, hash_of or file_hash)
     if found := existing(root, kind=checkpoint.KIND, name=DEMO, inputs=inputs, hash_of=hash_of):
         report(f"checkpoint: {found} is fresh")
         return found
     model = GGUFModel(files.gguf)
-    config = demo_config(model)
+    config = demo_config(model, plain=_settings(heads)["plain"] is True)
     report("checkpoint: dequantising the backbone, converting the encoders")
     with publish(root, kind=checkpoint.KIND, name=DEMO, inputs=inputs) as draft:
         tensors = {**frozen_files(files, model, config), "heads": load_file(heads)}
@@ -89,3 +111,15 @@ def assemble(
     found = root / DEMO
     report(f"checkpoint: wrote {found.resolve()}")
     return found.resolve()
+
+
+def _settings(heads: Path) -> Mapping[str, object]:
+    """How heads were trained; raises CheckpointError."""
+    path = heads.with_suffix(".json")
+    try:
+        found: Mapping[str, object] = json.loads(path.read_text())["config"]
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{path} does not hold the settings of {heads.name} ({error!r}): train heads anew"
+        ) from None
+    return found

@@ -75,7 +75,7 @@ class Sampler:
         often an example is so."""
         rng = self.rng
         task = Task.REASON if rng.random() < 0.5 else Task.CLASSIFY
-        kind = rng.choice(["both", "face", "voice", "words"], p=[0.55, 0.16, 0.24, 0.05])
+        kind = rng.choice(["both", "face", "voice", "words"], p=[0.55, 0.24, 0.16, 0.05])
         if kind == "words":
             label = str(rng.choice(list(TELLING_WORDS)))
             words = str(rng.choice(TELLING_WORDS[label]))

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mosear.config import ARConfig, Policy
@@ -15,12 +17,13 @@ from mosear.contract import MODALITY_WEIGHT
 from mosear.errors import ConfigError
 from mosear.kernels.reallocated_attention.policy import params
 from mosear.runtime.prompt import PromptBuilder
+from mosear_export.model.face import LABELS as FACE_LABELS
 from mosear_export.model.projector import Projector, VoiceProjector
 from mosear_export.model.whole import ReferenceModel
 from mosear_export.training import linear, regularise
 from mosear_export.training.batch import Batch
 from mosear_export.training.examples import Example, Sampler
-from mosear_export.training.features import Features, Report
+from mosear_export.training.features import Features, Labelled, Report
 from mosear_export.training.ops import TrainOps
 
 PROJECTORS = {"face": "face_projector", "scene": "scene_projector", "voice": "voice_projector"}
@@ -52,9 +55,16 @@ class TrainConfig:
     direct: float = 0.5  # share of examples whose text rows see no face and no voice (training/ops.py)
     reallocate: float = 0.5  # share of batches with attention reallocated; 0: never, as the paper's
     start: Start = Start.CLASSIFIER
+    base: str = ""  # heads file that training goes on from (seen of the same data); empty: from the start
     plain: bool = False  # one LoRA for all modalities in place of experts, as a peer
     left_out: tuple[str, ...] = ("14", "15")  # speakers that training never hears: a woman and a man
+    held_faces: int = (
+        0  # training photos of each label kept out and measured in place of the dev photos, to choose settings
+    )
     seed: int = 0
+    bfloat16: bool = (
+        False  # matrix products in bfloat16: a gain where the CPU has them, four times the time where it has not
+    )
     threads: int = 0  # 0: torch's own choice
     save_every: int = 20  # steps
 
@@ -77,6 +87,8 @@ class Trainer:
         self.random = torch.Generator().manual_seed(config.seed)
         self.shared: dict[str, Tensor] = {}  # plain LoRA: the one B of all modalities, by the name of their B
         self._initialise(features)
+        if config.base:
+            self._go_on_from(Path(config.base), features.faces)
         self.trained = {name: tensor for name, tensor in model.heads.items() if tensor.requires_grad} | self.shared
         self.projected = {
             f"{name}.{key}": tensor.requires_grad_()
@@ -106,27 +118,48 @@ class Trainer:
             {label: ids[0] for label, ids in zip(labels, self.builder.labels, strict=True)},
             model.decoder.embed_tokens.weight,
         )
-        for projector, values, emotion in (
-            (model.face_projector, features.faces.values, None),
-            (model.scene_projector, features.scenes, None),
-            (model.voice_projector.clip, voices.values[:, :, 0], voices.emotion.repeat(voices.values.shape[1])),
-            (model.voice_projector.segment, voices.values[:, :, 1:],
-             voices.emotion.repeat(voices.values.shape[1] * (voices.values.shape[2] - 1))),
+        faces = features.faces
+        variants, segments = voices.values.shape[1], voices.values.shape[2] - 1
+        decay = linear.face_decay(faces.values.shape[-1])
+        for projector, values, emotion, held in (
+            (model.face_projector, faces.values, faces.emotion.repeat(faces.values.shape[1]), decay),
+            (model.scene_projector, features.scenes, None, None),
+            (model.voice_projector.clip, voices.values[:, :, 0], voices.emotion.repeat(variants), VOICE_DECAY),
+            (model.voice_projector.segment, voices.values[:, :, 1:], voices.emotion.repeat(variants * segments), VOICE_DECAY),
         ):  # fmt: skip
             flat = torch.from_numpy(values).flatten(0, -2)
             projector.mean.copy_(flat.mean(0))
             projector.deviation.copy_(flat.std(0) + 1e-3)
             projector.gain.fill_(float(model.decoder.embed_tokens.weight.std()))
-            if self.config.start is Start.RANDOM or projector is model.scene_projector:
+            if self.config.start is Start.RANDOM or emotion is None or held is None:
                 continue
             standard = (flat - projector.mean) / projector.deviation
             with torch.enable_grad():
-                weights = (
-                    linear.face_classifier(labels, projector.deviation, projector.mean)
-                    if emotion is None
-                    else linear.fit(standard, labels, list(emotion), decay=VOICE_DECAY)
-                )
+                weights = linear.fit(standard, labels, list(emotion), decay=held)
             linear.start_from(projector, weights, directions, standard)
+
+    def _go_on_from(self, base: Path, faces: Labelled) -> None:
+        """Take heads from a file, whose face projector then reads the classifier that is fitted to `faces`; raises ConfigError
+        where it cannot be read or holds others."""
+        own = self.model.files()["heads"]
+        try:
+            found = load_file(base)
+        except (OSError, SafetensorError) as error:
+            raise ConfigError(
+                f"base is {base}, which cannot be read as heads ({error}): name a file of train-heads"
+            ) from None
+        if {name: t.shape for name, t in found.items()} != {name: t.shape for name, t in own.items()}:
+            raise ConfigError(f"base is {base}, whose tensors are not this model's: name heads of the same settings")
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(found[name])
+        projector, labels = self.model.face_projector, list(self.model.config.labels)
+        flat = torch.from_numpy(faces.values).flatten(0, -2)
+        standard = (flat - projector.mean) / projector.deviation
+        emotion, decay = list(faces.emotion.repeat(faces.values.shape[1])), linear.face_decay(flat.shape[1])
+        fitted = linear.fit(standard, labels, emotion, decay=decay)
+        with torch.no_grad():
+            linear.reread(projector, fitted[[labels.index(label) for label in FACE_LABELS]], standard)
 
     def tokens(self, example: Example, *, noise: bool) -> dict[str, Tensor]:
         """Projected tokens [n, d] of what is there, with noise on the features while training."""
@@ -169,7 +202,7 @@ class Trainer:
         examples = [sampler.draw(share, direct=config.direct) for _ in range(config.batch)]
         ar = None if share is None else ARConfig(policy=Policy.TARGET, audio_share=share, move=1.0)
         batch = self.batch(examples, noise=True)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=config.bfloat16):
             out = self.run_decoder(batch, ar=ar)
         answers = F.cross_entropy(out["logits"].float().flatten(0, 1), batch.targets.flatten(), ignore_index=-100)
         gates, there = out["expert_weights"].float(), batch.inputs["position"] >= 0

@@ -20,8 +20,9 @@ ROWS = 512  # of the prefill whose tile is taken
 
 
 def cases(arch: int) -> list[Case]:
-    """Prefill in any order of groups, split and merge, shrink and expand of both models."""
-    attention = [case for shape in (DEMO, LLAMA) for case in _attention(shape, arch)]
+    """Prefill in any order of groups, split and merge under each policy that a model has; shrink and expand of both models."""
+    policies = ((DEMO, Policy.TARGET), (DEMO, Policy.BALANCE), (LLAMA, Policy.BALANCE))
+    attention = [case for shape, policy in policies for case in _attention(shape, policy, arch)]
     return attention + [case for name in experts.MODELS for case in _experts(name, arch)]
 
 
@@ -35,16 +36,16 @@ def _experts(name: str, arch: int) -> list[Case]:
     return [dataclasses.replace(case, scalars=dict(case.scalars) | {"n_rows": ANY_ROWS}) for case in found]
 
 
-def _attention(shape: Shape, arch: int) -> list[Case]:
-    scale, label = shape.head_size**-0.5, f"{shape.name} plugin"
+def _attention(shape: Shape, policy: Policy, arch: int) -> list[Case]:
+    scale, label = shape.head_size**-0.5, f"{shape.name} plugin" + (" target" if policy is Policy.TARGET else "")
     plan = launches.choose_launch(
-        batch=1, heads=shape.heads, head_size=shape.head_size, rows=ROWS, groups=GROUPS, policy=Policy.BALANCE,
+        batch=1, heads=shape.heads, head_size=shape.head_size, rows=ROWS, groups=GROUPS, policy=policy,
         statistic=Statistic.SUM, scale=scale, causal=True, arch=arch,
     )  # fmt: skip
     scalars = {"heads": ANY_ROWS, "kv_heads": ANY_ROWS, "rows": ANY_ROWS, "capacity": SLOTS}
     step = decode_launches.choose_launch(
         batch=1, heads=shape.heads, kv_heads=shape.kv_heads, head_size=shape.head_size, groups=GROUPS, longest=SLOTS,
-        policy=Policy.BALANCE, statistic=Statistic.SUM, scale=scale, causal=True, arch=arch,
+        policy=policy, statistic=Statistic.SUM, scale=scale, causal=True, arch=arch,
     )  # fmt: skip
     decode = decode_launches.step_cases(label, step, heads=ANY_ROWS, kv_heads=ANY_ROWS, capacity=SLOTS)
     return [Case(label=label, op=plan.kernel.op, launch=plan.launch, scalars=scalars), *decode]
