@@ -72,7 +72,8 @@ def fresh_engine(
 ) -> Path | None:
     """The engine folder that a build below `root` would end with, if it and all before it are fresh and whole.
 
-    checkpoint: its folder; else `demo` names the files of the demo's, `heads` its heads. Nothing is written but the links to the newest.
+    checkpoint: its folder; else `demo` names the files of the demo's, `heads` its heads. Nothing is written but the links to
+    the newest.
     """
     if checkpoint is None:
         assert demo is not None, "a build has a checkpoint, or makes the demo's"
