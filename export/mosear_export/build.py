@@ -21,6 +21,8 @@ from mosear.engine import CONFIG, HEADS, KIND, TOKENIZER, load_heads
 from mosear.errors import EngineError
 from mosear.recipe import Heads, Precision, Recipe
 from mosear_export import export, fuse, golden, pack, plain, quantise
+from mosear_export.precision import graph, short
+from mosear_export.precision.graph import linear_weights
 
 Report = Callable[[str], None]
 # Largest root mean square error of a part's golden outputs, relative to theirs. Golden inputs are words in random order,
@@ -35,7 +37,7 @@ def inputs_of(recipe: Recipe, source: Manifest) -> dict[str, object]:
         "recipe": recipe.record(),
         "code": {
             module.__name__: file_hash(Path(str(module.__file__)))
-            for module in (fuse, pack, plain, quantise, onnxruntime_cpu)
+            for module in (fuse, graph, pack, plain, quantise, onnxruntime_cpu)
         },
         "onnxruntime": onnxruntime.__version__,
         "machine": platform.machine(),
@@ -58,6 +60,7 @@ def build_engine(recipe: Recipe, onnx_folder: Path, root: Path, report: Report) 
     with publish(root, kind=KIND, name=recipe.name, inputs=inputs) as draft:
         _compile(recipe, onnx_folder, draft, report)
         draft.notes["golden"] = check_golden(recipe, onnx_folder, draft.folder, report)
+        draft.notes["parity"] = short_parity(recipe, onnx_folder, draft.folder)
     report(f"engine: wrote {(root / recipe.name).resolve()}")
     return (root / recipe.name).resolve()
 
@@ -88,6 +91,7 @@ def prepare_decoder(
 ) -> tuple[onnx.ModelProto, Tensors]:
     """The decoder's graph as a recipe wants it, calls fused and weights in its precision, and what its head inputs take."""
     fuse.merge_linears(model)
+    weights = linear_weights(model)
     fuse.skip_norms(model)
     heads = pack.pack(model, config, heads)
     fuse.split_heads(model, config.backbone.head_size)
@@ -98,7 +102,7 @@ def prepare_decoder(
         model.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in heads.items())
         heads = {}
     if recipe.precision is Precision.INT8:
-        model = quantise.quantise_int8(model, block=recipe.block)
+        model = quantise.quantise_linears(model, weights, recipe)
     return model, heads
 
 
@@ -121,6 +125,18 @@ def check_golden(recipe: Recipe, onnx_folder: Path, folder: Path, report: Report
             f"{worst} of the engine differs from the reference by {errors[worst]:.2e} RMS (limit {limit})"
         )
     return errors
+
+
+def short_parity(recipe: Recipe, onnx_folder: Path, folder: Path) -> dict[str, float]:
+    """The short form of parity; raises EngineError where half of the prompts are further off than golden outputs may be."""
+    config, limit = ModelConfig.load(folder / CONFIG), GOLDEN_TOLERANCE[recipe.precision]
+    backend = OnnxRuntimeBackend(folder, config, heads=load_heads(folder / HEADS), threads=recipe.used_threads)
+    found = short.measure(backend, onnx_folder)
+    if not found["rms of logits, median"] <= limit:
+        raise EngineError(
+            f"the engine's answers to the golden prompts are not the reference's (limit {limit}): {found}"
+        )
+    return found
 
 
 def _run(backend: OnnxRuntimeBackend, part: str, inputs: Tensors) -> Tensors:

@@ -19,7 +19,9 @@ from mosear_export.checkpoint import Checkpoint
 from mosear_export.completeness import check_complete
 from mosear_export.model.whole import ReferenceModel
 from mosear_export.ops import ExportOps
+from mosear_export.precision import short
 from mosear_export.probe import probe_axes
+from mosear_export.reference_backend import ReferenceBackend
 from mosear_export.to_onnx import export_part
 
 Report = Callable[[str], None]
@@ -38,7 +40,7 @@ class OnnxFolder:
 def sources_hash() -> dict[str, str]:
     """Hashes of the code that decides what an exported graph is."""
     package = Path(plain.__file__).parent
-    files = [package / name for name in ("plain.py", "ops.py", "to_onnx.py", "golden.py")]
+    files = [package / name for name in ("plain.py", "ops.py", "to_onnx.py", "golden.py", "precision/short.py")]
     files += sorted((package / "model").glob("*.py"))
     return {path.name: file_hash(path) for path in files}
 
@@ -72,6 +74,7 @@ def export_checkpoint(folder: Path, root: Path, report: Report, *, name: str = "
             export_part(model, part, path)
             golden.write(model, part, draft.folder / GOLDEN / f"{part.name}.safetensors")
             probe_axes(model, part, path)
+        short.write(ReferenceBackend(model), draft.folder)
         draft.notes["unused"] = check_complete(model, draft.folder)
         draft.notes["onnxruntime"] = onnxruntime.__version__
     report(f"onnx: wrote {(root / name).resolve()}")
