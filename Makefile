@@ -5,10 +5,10 @@ CLIP ?= build/demo.mp4
 BIN := .venv/bin
 .DEFAULT_GOAL := help
 
-.PHONY: help setup check test test-full test-gpu demo demo-local bench bench-served kernel-tables clean
+.PHONY: help setup check test test-full test-gpu quantise demo demo-local bench bench-served kernel-tables clean
 
 help:
-	@echo "make setup | check | test | test-full | test-gpu | demo | demo-local | bench | bench-served | clean"
+	@echo "make setup | check | test | test-full | test-gpu | quantise DATA=DIR | demo | demo-local | bench | bench-served | clean"
 
 setup:
 	@scripts/setup.sh $(PYTHON)
@@ -33,6 +33,13 @@ test-full: | $(BIN)/python
 # What needs a GPU and TensorRT's library: builds with our plugins and runs them.
 test-gpu: | $(BIN)/python
 	$(BIN)/python -m pytest -m tensorrt
+
+# The decoder quantised by NVIDIA's Model Optimizer, in an environment of its own, calibrated on the clips of DATA.
+quantise: | $(BIN)/python
+	@test -n "$(DATA)" || { echo "make quantise DATA=DIR, a folder with voices/ and faces/" >&2; exit 1; }
+	scripts/setup_quantise.sh $(PYTHON)
+	$(BIN)/python export/build_engine.py
+	$(BIN)/python export/quantise_onnx.py --data $(DATA)
 
 # Fetch the demo parts, build the engine, assemble the repository, serve it, ask about a clip over gRPC, stop.
 demo: setup

@@ -57,6 +57,10 @@ PLUGIN_CAPABILITIES = (
 FP8_CAPABILITIES = ("8.9", "12.0", "12.1")
 
 
+# Linear layers by kind, joined where they share an input: in the order of a decoder layer, then the vocabulary head.
+LINEARS = ("qkv", "o", "gate_up", "down", "head")
+
+
 class Mechanisms(enum.StrEnum):
     """How the decoder's two mechanisms get into a plan: our kernels as plugins, or operators that TensorRT fuses."""
 
@@ -149,6 +153,8 @@ class Recipe:
     target: Target = Target.ONNXRUNTIME_CPU
     precision: Precision = Precision.FP32
     block: int = 32  # weights that share a scale (int8 on onnxruntime-cpu; int4: 128)
+    fine: tuple[str, ...] = ()  # kinds of linear layers that take fine_block (int8 on onnxruntime-cpu)
+    fine_block: int = 32
     heads: Heads = Heads.INPUTS
     threads: int = 0  # 0: as many as this process may use
     limits: Limits = field(default_factory=Limits)
@@ -156,8 +162,13 @@ class Recipe:
     tensorrt: TensorRT | None = None  # of the TensorRT targets
 
     def __post_init__(self) -> None:
-        if self.block not in (16, 32, 64, 128, 256):
-            raise ConfigError(f"recipe {self.name}: block is {self.block}; choose 16, 32, 64, 128 or 256")
+        for name in ("block", "fine_block"):
+            if getattr(self, name) not in (16, 32, 64, 128, 256):
+                raise ConfigError(f"recipe {self.name}: {name} is {getattr(self, name)}; choose 16, 32, 64, 128 or 256")
+        if unknown := set(self.fine) - set(LINEARS):
+            raise ConfigError(
+                f"recipe {self.name}: fine has {', '.join(sorted(unknown))}; choose of {', '.join(LINEARS)}"
+            )
         if self.threads < 0:
             raise ConfigError(f"recipe {self.name}: threads is {self.threads}; 0 means all that this process may use")
         fits = PRECISIONS[self.target]

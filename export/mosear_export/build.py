@@ -20,6 +20,8 @@ from mosear.hashes import HashOf, file_hash
 from mosear.recipe import Heads, Precision, Recipe, Target
 from mosear_export import export, fuse, golden, pack, quantise
 from mosear_export.inputs import engine_inputs
+from mosear_export.precision import short
+from mosear_export.precision.graph import linear_weights
 
 Report = Callable[[str], None]
 # Largest root mean square error of a part's golden outputs, relative to theirs. Golden inputs are words in random order,
@@ -45,6 +47,7 @@ def build_engine(
     with publish(root, kind=KIND, name=recipe.name, inputs=inputs) as draft:
         _compile(recipe, onnx_folder, draft, report)
         draft.notes["golden"] = check_golden(recipe, onnx_folder, draft.folder, report)
+        draft.notes["parity"] = short_parity(recipe, onnx_folder, draft.folder)
     report(f"engine: wrote {(root / recipe.name).resolve()}")
     return (root / recipe.name).resolve()
 
@@ -85,6 +88,7 @@ def prepare_decoder(
 ) -> tuple[onnx.ModelProto, Tensors]:
     """The decoder's graph as a recipe wants it, calls fused and weights in its precision, and what its head inputs take."""
     fuse.merge_linears(model)
+    weights = linear_weights(model)
     fuse.skip_norms(model)
     heads = pack.pack(model, config, heads)
     fuse.split_heads(model, config.backbone.head_size)
@@ -95,7 +99,7 @@ def prepare_decoder(
         model.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in heads.items())
         heads = {}
     if recipe.precision is Precision.INT8:
-        model = quantise.quantise_int8(model, block=recipe.block)
+        model = quantise.quantise_linears(model, weights, recipe)
     return model, heads
 
 
@@ -118,6 +122,18 @@ def check_golden(recipe: Recipe, onnx_folder: Path, folder: Path, report: Report
             f"{worst} of the engine differs from the reference by {errors[worst]:.2e} RMS (limit {limit})"
         )
     return errors
+
+
+def short_parity(recipe: Recipe, onnx_folder: Path, folder: Path) -> dict[str, float]:
+    """The short form of parity; raises EngineError where half of the prompts are further off than golden outputs may be."""
+    config, limit = ModelConfig.load(folder / CONFIG), GOLDEN_TOLERANCE[recipe.precision]
+    backend = OnnxRuntimeBackend(folder, config, heads=load_heads(folder / HEADS), threads=recipe.used_threads)
+    found = short.measure(backend, onnx_folder)
+    if not found["rms of logits, median"] <= limit:
+        raise EngineError(
+            f"the engine's answers to the golden prompts are not the reference's (limit {limit}): {found}"
+        )
+    return found
 
 
 def _run(backend: OnnxRuntimeBackend, part: str, inputs: Tensors) -> Tensors:

@@ -21,7 +21,9 @@ from mosear_export.completeness import check_complete
 from mosear_export.inputs import exported_inputs, onnx_inputs
 from mosear_export.model.whole import ReferenceModel
 from mosear_export.ops import ExportOps
+from mosear_export.precision import short
 from mosear_export.probe import probe_axes
+from mosear_export.reference_backend import ReferenceBackend
 from mosear_export.to_onnx import export_part
 
 Report = Callable[[str], None]
@@ -67,6 +69,7 @@ def export_checkpoint(
             golden.write(model, part, draft.folder / GOLDEN / f"{part.name}.safetensors")
             if not stays:
                 probe_axes(model, part, path)
+        short.write(ReferenceBackend(model), draft.folder)
         draft.notes["exported"] = keys
         draft.notes["unused"] = check_complete(model, draft.folder)
         draft.notes["onnxruntime"] = onnxruntime.__version__

@@ -1,24 +1,35 @@
-"""Weights of a part's linear layers in 8 bits: ONNX Runtime's block-wise quantiser, activations in 8 bits at run time.
+"""Weights of linear layers in 8 bits: ONNX Runtime's block-wise quantiser, activations in 8 bits at run time.
 
-What is not a constant matrix stays as it is: experts, gates and policy parameters (inputs, or baked), norms, attention.
+What is not one of these weights stays as it is: experts, gates and policy parameters (inputs, or baked), norms, attention.
 """
 
 import logging
+from collections.abc import Collection, Sequence
 
 from onnx import ModelProto
+
+from mosear.recipe import Recipe
+from mosear_export.precision.graph import place
 
 INT8_COMPUTE = 4  # MatMulNBits accuracy_level: int8 products, int32 sums
 
 
-def quantise_int8(model: ModelProto, *, block: int) -> ModelProto:
-    """A model with its constant MatMul weights in 8 bits, symmetric, a scale for each `block` of a column."""
+def quantise_linears(model: ModelProto, weights: Sequence[str], recipe: Recipe) -> ModelProto:
+    """A model with its linear layers (`graph.linear_weights`) as a recipe for ONNX Runtime in 8 bits wants them."""
+    fine = [weight for i, weight in enumerate(weights) if place(i, len(weights))[1] in recipe.fine]
+    model = quantise_int8(model, weights=fine, block=recipe.fine_block) if fine else model
+    return quantise_int8(model, weights=weights, block=recipe.block)
+
+
+def quantise_int8(model: ModelProto, *, weights: Collection[str], block: int) -> ModelProto:
+    """A model with these MatMul weights in 8 bits, symmetric, a scale for each `block` of a column."""
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
     logging.getLogger("onnxruntime.quantization.matmul_nbits_quantizer").setLevel(logging.ERROR)
+    kept = [node.name for node in model.graph.node if node.op_type != "MatMul" or node.input[1] not in weights]
     quantiser = MatMulNBitsQuantizer(
-        model, bits=8, block_size=block, is_symmetric=True, accuracy_level=INT8_COMPUTE,
-        nodes_to_exclude=[node.name for node in model.graph.node if node.op_type != "MatMul"],
-    )  # fmt: skip
+        model, bits=8, block_size=block, is_symmetric=True, accuracy_level=INT8_COMPUTE, nodes_to_exclude=kept
+    )
     quantiser.process()
     result: ModelProto = quantiser.model.model
     return result

@@ -3,6 +3,8 @@
 import numpy as np
 import torch
 
+from mosear.backends.session import Runner
+from mosear.config import ModelConfig
 from mosear.contract import DECODER, Tensors, parts
 from mosear_export.model.decoder import empty_cache
 from mosear_export.model.whole import ReferenceModel
@@ -20,25 +22,26 @@ class ReferenceBackend:
         outputs = self.model.run(part, {name: torch.from_numpy(np.array(value)) for name, value in tensors.items()})
         return {name: value.numpy() for name, value in outputs.items()}
 
-    def start(self, *, batch: int, capacity: int) -> "ReferenceState":
-        return ReferenceState(self, batch=batch, capacity=capacity)
+    def start(self, *, batch: int, capacity: int) -> "CopiedState":
+        return CopiedState(self, self.model.config, batch=batch, capacity=capacity)
 
     def close(self) -> None: ...
 
 
-class ReferenceState:
-    """A cache of torch tensors."""
+class CopiedState:
+    """A cache that each call is given whole and gives back whole, copied in between."""
 
-    def __init__(self, backend: ReferenceBackend, *, batch: int, capacity: int) -> None:
-        self.backend = backend
-        self.names = dict(parts(backend.model.config)[DECODER].state)
-        cache = empty_cache(backend.model.config.backbone, batch=batch, capacity=capacity)
+    def __init__(self, runner: Runner, config: ModelConfig, *, batch: int, capacity: int, written: bool = True) -> None:
+        """Not written: the runner's decoder gives no cache back."""
+        self.runner, self.written = runner, written
+        self.names = dict(parts(config)[DECODER].state)
+        cache = empty_cache(config.backbone, batch=batch, capacity=capacity)
         self.cache: Tensors = {name: value.numpy() for name, value in zip(self.names, cache, strict=True)}
 
     def step(self, tensors: Tensors, *, first: int = 0) -> Tensors:
         block = slice(first, first + len(tensors["hidden"]))
-        outputs = self.backend.run(DECODER, {**tensors, **{name: array[block] for name, array in self.cache.items()}})
-        for name, written in self.names.items():
+        outputs = self.runner.run(DECODER, {**tensors, **{name: array[block] for name, array in self.cache.items()}})
+        for name, written in self.names.items() if self.written else ():
             self.cache[name][block] = outputs.pop(written)
         return outputs
 

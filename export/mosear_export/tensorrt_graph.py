@@ -31,7 +31,7 @@ def prepare_decoder(
     heads = pack.pack(model, config, heads)
     fuse.split_heads(model, config.backbone.head_size)
     heads = attend_masked(model, config, heads)
-    model = _inlined(model)
+    model = inlined(model)
     used = _drop_dead(model)
     heads = {name: value for name, value in heads.items() if name in used}
     if recipe.heads is Heads.BAKED:
@@ -41,7 +41,7 @@ def prepare_decoder(
     stored = {name for pair in part.state for name in pair} | {name for name in heads if name.endswith(HEAD_MATRICES)}
     _keep_inputs(model, used)
     narrow(model, kind(recipe), stored=stored, quantise=quantiser(recipe), emulate=emulate)
-    _name_by_layer(model)
+    name_by_layer(model)
     return model, heads
 
 
@@ -64,13 +64,13 @@ def prepare_plugin_decoder(
     stored = {name for pair in part.state for name in pair} | {name for name in heads if name.endswith(HEAD_MATRICES)}
     _keep_inputs(model, used)
     narrow(model, kind(recipe), stored=stored, typed=typed_operators(), emulate=emulate)
-    _name_by_layer(model)
+    name_by_layer(model)
     return model, heads
 
 
 def prepare_part(model: ModelProto, recipe: Recipe, *, emulate: bool = False) -> ModelProto:
     """Any other part's graph."""
-    model = _inlined(model)
+    model = inlined(model)
     _widen_bytes(model)
     narrow(model, kind(recipe), emulate=emulate)
     return model
@@ -174,7 +174,7 @@ def stored_head(value: NDArray[np.generic], name: str, recipe: Recipe) -> NDArra
     return value.astype(np.float16 if kind(recipe) == "fp16" else ml_dtypes.bfloat16)
 
 
-def _inlined(model: ModelProto) -> ModelProto:
+def inlined(model: ModelProto) -> ModelProto:
     """The model with its functions in place, each constant once."""
     weights = list(model.graph.initializer)
     del model.graph.initializer[:]  # the inliner would copy them
@@ -223,7 +223,7 @@ def _drop_dead(model: ModelProto) -> set[str]:
     return used
 
 
-def _name_by_layer(model: ModelProto) -> None:
+def name_by_layer(model: ModelProto) -> None:
     """Name nodes `layers.<n>/<output>`, so that a plan's kernels can be told apart: nodes stand in the order of layers."""
     layer = "call"
     for node in model.graph.node:
