@@ -19,8 +19,9 @@ import machine
 import numpy as np
 from workload import say
 
+from mosear.artifacts import HEADS
 from mosear.backends.session import Backend
-from mosear.engine import HEADS, KIND, Engine
+from mosear.engine import KIND, Engine
 from mosear.errors import ConfigError, MosearError
 from mosear.recipe import Recipe
 from mosear_export.model.whole import ReferenceModel

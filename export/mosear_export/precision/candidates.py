@@ -9,10 +9,11 @@ import numpy as np
 import onnx
 from safetensors.numpy import load_file
 
+from mosear.artifacts import CONFIG, HEADS
 from mosear.backends.session import Backend, Runner
 from mosear.config import ModelConfig
 from mosear.contract import DECODER, Tensors, parts
-from mosear.engine import CONFIG, HEADS, EngineFolder, load_heads
+from mosear.engine import EngineFolder, load_heads
 from mosear.recipe import Recipe
 from mosear_export import tensorrt_graph
 from mosear_export.precision.run import GraphBackend, session

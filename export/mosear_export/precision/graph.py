@@ -12,9 +12,10 @@ from pathlib import Path
 import onnx
 from onnx import ModelProto, NodeProto, TensorProto
 
+from mosear.artifacts import CONFIG, HEADS
 from mosear.config import ModelConfig
 from mosear.contract import DECODER, Tensors
-from mosear.engine import CONFIG, HEADS, load_heads
+from mosear.engine import load_heads
 from mosear.recipe import LINEARS
 from mosear_export import fuse, pack, tensorrt_graph
 

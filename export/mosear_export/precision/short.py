@@ -11,10 +11,10 @@ import onnxruntime as ort
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer
 
+from mosear.artifacts import CONFIG, TOKENIZER
 from mosear.backends.session import Backend
 from mosear.config import ModelConfig
 from mosear.contract import Tensors, parts
-from mosear.engine import CONFIG, TOKENIZER
 from mosear.runtime.prompt import PromptBuilder
 from mosear_export.golden import relative_errors
 from mosear_export.precision.clips import FRAMES, Case, Kind
