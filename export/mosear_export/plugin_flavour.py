@@ -103,7 +103,7 @@ def check(config: ModelConfig) -> None:
 def register_schemas() -> None:
     """Make the plugins' nodes known to ONNX's checker, once."""
     binding = {name: type(value) for name, value in BINDING.items()}
-    nodes = [(op.name, op.inputs, op.outputs, op.attributes | binding) for op in (*ATTENTION_OPS, *EXPERTS_OPS)]
+    nodes = [(op.name, op.inputs, op.outputs, {**op.attributes, **binding}) for op in (*ATTENTION_OPS, *EXPERTS_OPS)]
     fields: dict[str, type] = {"columns": str, "select": str, "route": str, "scale": float}
     nodes.append(
         (LIBRARY_EXPERTS, {name: LIBRARY_KINDS[name] for name in LIBRARY_INPUTS}, EXPERTS_EXPAND.outputs, fields)
