@@ -132,7 +132,7 @@ MUTANTS = (
     ),
     Mutant(
         name="decode: keys of no group left out", module=DECODE, check="decode_stray_ids",
-        old="(ids > 0) & (ids < GROUPS), ids, 0)", new="(ids > 0) & (ids < GROUPS), ids, -1)",
+        old="(ids > 0) & (ids < GROUPS), ids, 0)", new="(ids >= 0) & (ids < GROUPS), ids, -1)",
     ),
     Mutant(
         name="decode: page of the wrong stride", module=DECODE, check="decode_paged", times=1,
