@@ -15,9 +15,10 @@ import numpy as np
 import onnx
 from safetensors.numpy import save_file
 
-from mosear.artifacts import HEADS, Manifest, existing, file_hash, publish
+from mosear.artifacts import HEADS, Manifest, existing, publish
 from mosear.contract import DECODER, Tensors
 from mosear.errors import EngineError
+from mosear.hashes import file_hash
 from mosear_export import export, fuse, pack, plain, tensorrt_graph
 from mosear_export.precision import clips, graph, modelopt_child, run
 

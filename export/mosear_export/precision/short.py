@@ -72,7 +72,7 @@ def _cases(golden: Path) -> list[Case]:
     """A sentence of each emotion; of each four one has the sentence alone, one a voice, one a face, one both."""
     voice = load_file(golden / "voice.safetensors")["out.voice_features"][0]
     face = np.repeat(load_file(golden / "face.safetensors")["out.face_features"][:1], FRAMES, axis=0)
-    brought = ((Kind.TEXT, {}), (Kind.VOICE, {"voice": voice}), (Kind.FACE, {"face": face}),
+    brought: tuple[tuple[Kind, Tensors], ...] = ((Kind.TEXT, {}), (Kind.VOICE, {"voice": voice}), (Kind.FACE, {"face": face}),
                (Kind.BOTH, {"face": face, "voice": voice}))  # fmt: skip
     return [
         Case(kind=brought[i % 4][0], features=dict(brought[i % 4][1]), words=words[0])
