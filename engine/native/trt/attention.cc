@@ -16,6 +16,7 @@ constexpr std::array<const char*, 3> kPolicies = {"off", "balance", "target"};
 constexpr std::array<const char*, 2> kStatistics = {"sum", "mean"};
 constexpr int64_t kMinKeys = 128, kMaxKeys = 4096, kCtas = 2;
 constexpr size_t kAlignment = 256;  // of each piece of the workspace
+constexpr size_t kElement = 2;      // bytes of an activation, fp16 or bf16; averages of a split are in it
 
 int64_t PowerOfTwo(int64_t number) {
   int64_t found = 1;
@@ -38,7 +39,7 @@ Partials Layout(const Sizes& sizes, int64_t splits) {
   const size_t slots = static_cast<size_t>(sizes.batch * splits * sizes.groups);
   const size_t rows = slots * static_cast<size_t>(sizes.heads);
   Partials found{};
-  found.max = aligned(4 * rows * static_cast<size_t>(sizes.head_size));
+  found.max = aligned(kElement * rows * static_cast<size_t>(sizes.head_size));
   found.sum = found.max + aligned(4 * rows);
   found.count = found.sum + aligned(4 * rows);
   found.end = found.count + aligned(4 * slots);

@@ -16,6 +16,7 @@ from mosear.backends.session import Backend
 from mosear.config import ModelConfig
 from mosear.contract import Tensors, parts
 from mosear.runtime.prompt import PromptBuilder
+from mosear.runtime.sampling import FloatArray
 from mosear_export.golden import relative_errors
 from mosear_export.precision.clips import FRAMES, Case, Kind
 from mosear_export.precision.run import Asker, Said
@@ -70,11 +71,11 @@ def _ask(backend: Backend, onnx_folder: Path) -> list[Said]:
 
 def _cases(golden: Path) -> list[Case]:
     """A sentence of each emotion; of each four one has the sentence alone, one a voice, one a face, one both."""
-    voice = load_file(golden / "voice.safetensors")["out.voice_features"][0]
-    face = np.repeat(load_file(golden / "face.safetensors")["out.face_features"][:1], FRAMES, axis=0)
-    brought: tuple[tuple[Kind, Tensors], ...] = ((Kind.TEXT, {}), (Kind.VOICE, {"voice": voice}), (Kind.FACE, {"face": face}),
+    voice: FloatArray = load_file(golden / "voice.safetensors")["out.voice_features"][0]
+    face: FloatArray = np.repeat(load_file(golden / "face.safetensors")["out.face_features"][:1], FRAMES, axis=0)
+    brought: tuple[tuple[Kind, dict[str, FloatArray]], ...] = ((Kind.TEXT, {}), (Kind.VOICE, {"voice": voice}), (Kind.FACE, {"face": face}),
                (Kind.BOTH, {"face": face, "voice": voice}))  # fmt: skip
     return [
-        Case(kind=brought[i % 4][0], features=dict(brought[i % 4][1]), words=words[0])
+        Case(kind=brought[i % 4][0], features={**brought[i % 4][1]}, words=words[0])
         for i, words in enumerate(TELLING_WORDS.values())
     ]

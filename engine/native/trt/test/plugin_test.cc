@@ -199,7 +199,7 @@ void TestLaunches(Plugin& plugin, Words& words) {
       EXPECT(last->grid[0] == 2 && last->grid[1] == kHeads && last->grid[2] == kBatch);  // 77 rows, tiles of 64
       EXPECT(last->values[0] == reinterpret_cast<uintptr_t>(inputs[0]));
     } else {
-      EXPECT(workspace >= 4 * kBatch * kHeads * 8 * kGroups * (kSize + 2) && MockLaunches() == before + 2);
+      EXPECT(workspace >= kBatch * kHeads * 8 * kGroups * (2 * kSize + 8) && MockLaunches() == before + 2);
       EXPECT(last->grid[0] == kHeads && last->grid[1] == kBatch && last->grid[2] == 1);
       EXPECT(last->values[0] == reinterpret_cast<uintptr_t>(at(131072)));  // the merge reads the workspace
     }
