@@ -4,6 +4,7 @@ Prompts are sentences of the training's examples, some beside what the encoders 
 data set is needed. A release asks real clips besides: `benchmarks/precision.py`.
 """
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -73,9 +74,11 @@ def _cases(golden: Path) -> list[Case]:
     """A sentence of each emotion; of each four one has the sentence alone, one a voice, one a face, one both."""
     voice: FloatArray = load_file(golden / "voice.safetensors")["out.voice_features"][0]
     face: FloatArray = np.repeat(load_file(golden / "face.safetensors")["out.face_features"][:1], FRAMES, axis=0)
-    brought: tuple[tuple[Kind, dict[str, FloatArray]], ...] = ((Kind.TEXT, {}), (Kind.VOICE, {"voice": voice}), (Kind.FACE, {"face": face}),
-               (Kind.BOTH, {"face": face, "voice": voice}))  # fmt: skip
+    brought: dict[Kind, dict[str, FloatArray]] = {
+        Kind.TEXT: {}, Kind.VOICE: {"voice": voice}, Kind.FACE: {"face": face}, Kind.BOTH: {"face": face, "voice": voice},
+    }  # fmt: skip
+    kinds = itertools.cycle(brought)
     return [
-        Case(kind=brought[i % 4][0], features={**brought[i % 4][1]}, words=words[0])
-        for i, words in enumerate(TELLING_WORDS.values())
+        Case(kind=kind, features={**brought[kind]}, words=words[0])
+        for kind, words in zip(kinds, TELLING_WORDS.values(), strict=False)
     ]
