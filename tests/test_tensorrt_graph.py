@@ -108,7 +108,7 @@ def softened(changes: dict[str, Any]) -> ModelConfig:
 
 
 @pytest.mark.parametrize("choice", COMBINATIONS)
-@pytest.mark.parametrize("rows", [ROWS, 1])
+@pytest.mark.parametrize("rows", [ROWS, pytest.param(1, marks=pytest.mark.full)])
 def test_in_fp32_it_is_the_reference(choice: str, rows: int, tmp_path: Path) -> None:
     """The mask's form itself, on rows that are real."""
     decoder = Exported(toy_config(**COMBINATIONS[choice]), DECODER, tmp_path)
