@@ -314,7 +314,7 @@ def test_an_installed_server_is_found_by_its_folder(tmp_path: Path) -> None:
     for path in (tmp_path / "opt", tmp_path / "opt" / "bin" / "tritonserver"):
         assert Installation.find(path).root == tmp_path / "opt"
     made = Installation.find(tmp_path / "opt").backends(tmp_path)
-    assert sorted(path.name for path in made.iterdir()) == ["onnxruntime", "python"]
+    assert sorted(path.name for path in made.iterdir()) == ["onnxruntime", "python", "tensorrt"]
     (own.parent / "onnxruntime").mkdir()
     assert Installation.find(tmp_path / "opt").backends(tmp_path / "again") == own.parent
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -154,7 +155,7 @@ def test_ttsem_names_the_line_of_a_fault(verdicts: dict[str, Verdict]) -> None:
     assert (
         bad.kind == "oob_read"
         and bad.line == "return tl.load(x_ptr + at)"
-        and "28 element(s) past the end" in bad.message
+        and re.search(r"reads \d+ element\(s\) past the end", bad.message)
     )
     assert verdicts["racing"].kind == "race" and "tl.store(y_ptr" in verdicts["racing"].line
     assert verdicts["wrong_number"].kind == "failed" and "no such number" in verdicts["wrong_number"].message

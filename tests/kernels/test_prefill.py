@@ -33,9 +33,16 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
+LARGE = ("demo", "wide", "many groups")  # of which the default run takes two policies
+SWEEP = [
+    pytest.param(shape, *policy, marks=[pytest.mark.full] if shape in LARGE and at % 2 == 0 else [])
+    for shape in SHAPES
+    for at, policy in enumerate(POLICIES)
+]
+
+
 @both
-@pytest.mark.parametrize(("policy", "statistic"), POLICIES)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("shape", "policy", "statistic"), SWEEP)
 def test_it_is_the_formula(shape: str, policy: Policy, statistic: Statistic, kernel: Kernel) -> None:
     tensors = make(**SHAPES[shape])
     _, before, after = assert_parity(tensors, kernel, policy=policy, statistic=statistic, block_m=32, block_n=16)
@@ -44,7 +51,9 @@ def test_it_is_the_formula(shape: str, policy: Policy, statistic: Statistic, ker
 
 @both
 @pytest.mark.parametrize("dtype", SWEPT[1:], ids=str)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    "shape", [pytest.param(s, marks=[pytest.mark.full] if s in ("demo", "wide") else []) for s in SHAPES]
+)
 def test_it_is_the_formula_in_16_bits(shape: str, dtype: torch.dtype, kernel: Kernel) -> None:
     tensors = make(**SHAPES[shape], dtype=dtype)
     assert_parity(tensors, kernel, statistic=Statistic.MEAN, block_m=32, block_n=16)
