@@ -1,12 +1,10 @@
 """A server as seen from outside: started for a benchmark or found by its address; its counters, settings and memory."""
 
 import re
-import socket
 import time
 import urllib.request
 from collections import Counter, defaultdict
 from collections.abc import Mapping
-from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -19,6 +17,7 @@ from workload import say
 from mosear.errors import ServingError
 from mosear.serving.client import MODEL, UNARY_MODEL
 from mosear.serving.observe import stubs_of
+from mosear.serving.ports import free_ports
 from mosear.serving.server import Server, ServerOptions
 
 LOG = Path("build/benchmark-triton.log")
@@ -43,14 +42,11 @@ class Observed:
         self.stopped_by_itself: bool | None = None
         self._server: Server | None = None
         if url is None:
-            http, grpc, metrics = free_ports(3)
-            options = ServerOptions(
-                repository=repository, http_port=http, grpc_port=grpc, metrics_port=metrics, log=LOG
-            )  # fmt: skip
+            options = ServerOptions(repository=repository, log=LOG, **free_ports())
             start = time.perf_counter()
             self._server = Server(options)
             self.times_s["start to ready"] = time.perf_counter() - start
-            url, metrics_url = f"{LOCAL}:{grpc}", f"http://{LOCAL}:{metrics}/metrics"
+            url, metrics_url = f"{LOCAL}:{options.grpc_port}", f"http://{LOCAL}:{options.metrics_port}/metrics"
             say(f"server: ready at {url} after {self.times_s['start to ready']:.1f} s")
         self.url = url
         host, _, port = url.rpartition(":")
@@ -92,15 +88,6 @@ class Observed:
             return pss_by_process(self.pid) if self.pid else {}
         except OSError:
             return {}
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listened at a moment ago."""
-    with ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind((LOCAL, 0))
-        return [int(probe.getsockname()[1]) for probe in probes]
 
 
 def listener(port: int) -> int | None:

@@ -5,7 +5,6 @@ import dataclasses
 import json
 import shutil
 import signal
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -37,6 +36,7 @@ from mosear.serving import Client
 from mosear.serving.client import ModelState, event_of
 from mosear.serving.configs import Device, Settings, config_text, model_configs
 from mosear.serving.faults import KINDS, decode_fault, encode_fault, inner_fault
+from mosear.serving.ports import free_ports
 from mosear.serving.server import Server, ServerOptions
 from mosear.serving.tensors import request_tensors
 
@@ -59,8 +59,8 @@ class StandIns:
             config.save(version / "config.json")
             (version.parent / "config.pbtxt").write_text(config_text(models[name], Device.CPU))
         self.options = ServerOptions(
-            repository=self.models, log=folder / "triton.log", http_port=free_port(), grpc_port=port or free_port(),
-            metrics_port=free_port(), ready_s=60, drain_s=2, stop_s=3, watch=False,
+            repository=self.models, log=folder / "triton.log", ready_s=60, drain_s=2, stop_s=3, watch=False,
+            **free_ports() | ({"grpc_port": port} if port else {}),
         )  # fmt: skip
         self.url = f"127.0.0.1:{self.options.grpc_port}"
 
@@ -79,12 +79,6 @@ class StandIns:
         """What a stand-in wrote of its requests."""
         path = self.models / name / "1" / "seen"
         return path.read_text().splitlines() if path.exists() else []
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 @pytest.fixture(scope="module")
@@ -320,7 +314,7 @@ def test_what_is_no_address_is_refused(url: str) -> None:
 
 def test_nobody_there_is_said_at_once() -> None:
     start = time.perf_counter()
-    with Client(f"127.0.0.1:{free_port()}") as client:
+    with Client(f"127.0.0.1:{free_ports()['grpc_port']}") as client:
         for call in (
             client.health,
             lambda: client.ask(Request(words="hello")),

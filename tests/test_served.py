@@ -21,7 +21,7 @@ import grpc
 import media_factory
 import numpy as np
 import pytest
-from test_server import free_ports, traces
+from test_server import traces
 from toy_engine import BAD, LIMITS, Folders
 from tritonclient import grpc as plain
 from tritonclient.grpc import service_pb2_grpc
@@ -48,6 +48,7 @@ from mosear.serving import Client
 from mosear.serving.client import infer_message, response_tensors
 from mosear.serving.configs import Device, Settings
 from mosear.serving.faults import decode_fault
+from mosear.serving.ports import free_ports
 from mosear.serving.repository import assemble
 from mosear.serving.server import KILL_S, Server, ServerOptions
 from mosear.serving.tensors import request_tensors

@@ -6,7 +6,6 @@ import queue
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -29,6 +28,7 @@ from mosear.errors import ConfigError, ServingError
 from mosear.serving import installation
 from mosear.serving.installation import Installation
 from mosear.serving.observe import reason_in
+from mosear.serving.ports import free_ports
 from mosear.serving.scratch import SHARED_MEMORY, Scratch
 from mosear.serving.server import Server, ServerOptions, models_of
 
@@ -100,14 +100,6 @@ def write_onnx(repository: Path, name: str, *, batch: int) -> Path:
         config if batch else "\n".join(line for line in config.splitlines() if "dynamic_batching" not in line)
     )
     return path
-
-
-def free_ports() -> dict[str, int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(3)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return dict(zip(("http_port", "grpc_port", "metrics_port"), (s.getsockname()[1] for s in sockets), strict=True))
 
 
 def options(folder: Path, **more: Any) -> ServerOptions:

@@ -267,10 +267,6 @@ def test_counters_are_read_and_subtracted() -> None:
     }  # fmt: skip
 
 
-def test_free_ports_differ() -> None:
-    assert len(set(observed.free_ports(3))) == 3
-
-
 def test_perf_analyzer_is_given_what_the_client_sends() -> None:
     tensors = request_tensors(workload.request(Task.REASON, b"\x00\x01\xff", tokens=16))
     found = perf_analyzer.unary_inputs(tensors)

@@ -6,7 +6,6 @@ differs in that parameter and in the instances' kind, as the server takes no kin
 """
 
 import shutil
-import socket
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +16,7 @@ from tritonclient.grpc import model_config_pb2 as pb
 from mosear.artifacts import share
 from mosear.errors import ServingError
 from mosear.serving.configs import CHECK_ONLY, TENSORRT
+from mosear.serving.ports import free_ports
 from mosear.serving.server import Server, ServerOptions
 
 CONFIG = "config.pbtxt"
@@ -29,11 +29,7 @@ def check_plans(repository: Path, say: Callable[[str], None], *, triton: Path | 
         names = [path.parent.name for path in sorted(repository.glob(f"*/{CONFIG}")) if _copied(path, folder)]
         if not names:
             raise ServingError(f"{repository} has no model of the backend {TENSORRT}: there is nothing to check")
-        http, grpc, metrics = free_ports(3)
-        options = ServerOptions(
-            repository=folder, triton=triton, http_port=http, grpc_port=grpc, metrics_port=metrics,
-            log=Path(aside, "triton.log"),
-        )  # fmt: skip
+        options = ServerOptions(repository=folder, triton=triton, log=Path(aside, "triton.log"), **free_ports())
         with Server(options) as server:
             for name in server.models:
                 say(f"{name}: the server takes its configuration, which fits its plan")
@@ -53,15 +49,3 @@ def _copied(path: Path, folder: Path) -> bool:
     (target / CONFIG).unlink()  # it is a link to the repository's own
     (target / CONFIG).write_text(text_format.MessageToString(config))
     return True
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports of this machine that nobody listens at now."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [int(each.getsockname()[1]) for each in sockets]
-    finally:
-        for each in sockets:
-            each.close()

@@ -4,7 +4,6 @@ import ctypes
 import json
 import os
 import signal
-import socket
 import subprocess
 import threading
 import time
@@ -17,6 +16,7 @@ from types import TracebackType
 from mosear.errors import ConfigError, ServingError
 from mosear.serving.installation import Installation
 from mosear.serving.observe import group_runs, reason_in, stubs_of
+from mosear.serving.ports import check_port
 from mosear.serving.scratch import Scratch
 
 POLL_S = 0.1
@@ -72,7 +72,7 @@ class Server:
         installation = Installation.find(options.triton)
         installation.check_machine()
         for what, port in options.ports.items():
-            _check_port(options.address, port, what)
+            check_port(options.address, port, what)
         self._scratch = Scratch()
         self._stubs: dict[int, str] = {}
         self._process: subprocess.Popen[bytes] | None = None
@@ -249,20 +249,6 @@ def models_of(repository: Path) -> list[str]:
     if not models:
         raise ServingError(f"{repository} holds no model (NAME/config.pbtxt, NAME/1/): make it with `mosear repo`")
     return models
-
-
-def _check_port(address: str, port: int, what: str) -> None:
-    """Raise ServingError where the server could not listen: it would say so only after its models are loaded."""
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((address, port))
-        except OSError as error:
-            raise ServingError(
-                f"{what} port {port} of {address} cannot be had ({error.strerror}): "
-                f"stop what listens there, or name another with --{what}-port"
-            ) from error
 
 
 def _arguments(options: ServerOptions, *, backends: Path, prefix: str) -> list[str]:
