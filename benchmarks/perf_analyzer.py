@@ -23,7 +23,8 @@ from observed import Observed
 from tritonclient.grpc import model_config_pb2 as pb
 from workload import make_demo_clip, request, say
 
-from mosear.cli import BUILD, REPOSITORY
+from mosear.cli import REPOSITORY
+from mosear.commands import BUILD
 from mosear.contract import ENCODERS, Tensors
 from mosear.errors import MosearError, ServingError
 from mosear.runtime.prompt import Task

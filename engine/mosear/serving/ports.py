@@ -2,18 +2,27 @@
 
 import socket
 from contextlib import ExitStack
+from typing import TypedDict
 
 from mosear.errors import ServingError
 
 
-def free_ports() -> dict[str, int]:
-    """`http_port`, `grpc_port` and `metrics_port` (of ServerOptions) that nobody listened at a moment ago."""
+class Ports(TypedDict):
+    """Those of ServerOptions."""
+
+    http_port: int
+    grpc_port: int
+    metrics_port: int
+
+
+def free_ports() -> Ports:
+    """Ports that nobody listened at a moment ago."""
     with ExitStack() as stack:
         probes = [stack.enter_context(socket.socket()) for _ in range(3)]
         for probe in probes:
             probe.bind(("127.0.0.1", 0))
-        names = ("http_port", "grpc_port", "metrics_port")
-        return {name: int(probe.getsockname()[1]) for name, probe in zip(names, probes, strict=True)}
+        http, grpc, metrics = (int(probe.getsockname()[1]) for probe in probes)
+        return {"http_port": http, "grpc_port": grpc, "metrics_port": metrics}
 
 
 def check_port(address: str, port: int, what: str) -> None:
