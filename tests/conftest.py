@@ -1,9 +1,12 @@
 """Fixtures that several test files share."""
 
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import media_factory
 import pytest
+from shared_files import made_once
 
 from mosear_export.demo.fetch import DemoFiles, default_cache, fetch
 
@@ -18,11 +21,18 @@ def demo_files() -> DemoFiles:
 
 
 @pytest.fixture(scope="session")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> "Folders":
-    """Checkpoint, ONNX and engine folder of one toy."""
-    from toy_engine import build  # only here: it needs torch
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of this test run, the same for all its workers."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
 
-    return build(tmp_path_factory.mktemp("toy"))
+
+@pytest.fixture(scope="session")
+def folders(shared: Path) -> "Folders":
+    """Checkpoint, ONNX and engine folder of one toy, which no test may alter."""
+    from toy_engine import Folders, build  # only here: it needs torch
+
+    return Folders.below(made_once(shared / "toy", build))
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from pathlib import Path
 import onnx
 import pytest
 from safetensors.numpy import load_file, save_file
-from toy_engine import RECIPE, Folders, build
+from toy_engine import RECIPE, Folders
 
 from mosear.config import ModelConfig
 from mosear.contract import Part, parts
@@ -25,9 +25,9 @@ HEAVY = ("torch", "onnx", "onnxruntime", "onnxscript", "gguf", "triton")
 
 
 @pytest.fixture(scope="module")
-def toy(tmp_path_factory: pytest.TempPathFactory) -> Folders:
-    """One that no other file's tests use: it is damaged here."""
-    return build(tmp_path_factory.mktemp("chain"))
+def toy(folders: Folders, tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    """A copy, as it is damaged here."""
+    return Folders.below(shutil.copytree(folders.root, tmp_path_factory.mktemp("chain") / "toy", symlinks=True))
 
 
 def fresh(folders: Folders) -> Path | None:

@@ -7,7 +7,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from test_plain_flavour import COMBINATIONS, Exported
+from test_plain_flavour import CHOICES, COMBINATIONS, Exported
 from tolerance import assert_close
 from toy import decoder_inputs, toy_config
 
@@ -20,9 +20,9 @@ LINEARS = 7
 LINEARS_LEFT = 4  # of a layer: q, k and v; o; gate and up; down
 
 
-@pytest.mark.parametrize("choice", COMBINATIONS)
-def test_a_fused_decoder_computes_the_same(choice: str, tmp_path: Path) -> None:
-    decoder = Exported(toy_config(**COMBINATIONS[choice]), DECODER, tmp_path)
+@pytest.mark.parametrize("choice", CHOICES)
+def test_a_fused_decoder_computes_the_same(choice: str, shared: Path) -> None:
+    decoder = Exported(toy_config(**COMBINATIONS[choice]), DECODER, shared)
     tensors = decoder_inputs(decoder.model.config, batch=2, rows=9, capacity=19, lengths=[9, 6])
     wanted = decoder.run(tensors)
     model, layers = onnx.load(decoder.path), decoder.model.config.backbone.layers
@@ -42,8 +42,8 @@ def test_a_fused_decoder_computes_the_same(choice: str, tmp_path: Path) -> None:
         assert_close(value[rows], wanted[name][rows], "toy")
 
 
-def test_experts_of_linears_with_one_input_are_joined(tmp_path: Path) -> None:
-    decoder = Exported(toy_config(), DECODER, tmp_path)
+def test_experts_of_linears_with_one_input_are_joined(shared: Path) -> None:
+    decoder = Exported(toy_config(), DECODER, shared)
     model, heads = prepare_decoder(onnx.load(decoder.path), decoder.model.config, RECIPE, decoder.heads)
     experts = [node for node in model.graph.node if node.op_type.startswith("JointModalityExperts")]
     assert [node.op_type[-1] for node in experts] == ["2", "1"] * decoder.model.config.backbone.layers
@@ -57,8 +57,8 @@ def test_experts_of_linears_with_one_input_are_joined(tmp_path: Path) -> None:
     np.testing.assert_array_equal(other["layers.1.down_proj.up"], 2 * heads["layers.1.down_proj.up"])
 
 
-def test_int8_takes_every_linear_layer_and_no_head(tmp_path: Path) -> None:
-    decoder = Exported(toy_config(), DECODER, tmp_path)
+def test_int8_takes_every_linear_layer_and_no_head(shared: Path) -> None:
+    decoder = Exported(toy_config(), DECODER, shared)
     recipe = Recipe(name="toy", precision=Precision.INT8, block=16)
     model, heads = prepare_decoder(onnx.load(decoder.path), decoder.model.config, recipe, decoder.heads)
     count = Counter(node.op_type for node in model.graph.node)
@@ -67,8 +67,8 @@ def test_int8_takes_every_linear_layer_and_no_head(tmp_path: Path) -> None:
     assert heads.keys() <= {value.name for value in model.graph.input}
 
 
-def test_baked_heads_are_constants_and_no_inputs(tmp_path: Path) -> None:
-    decoder = Exported(toy_config(), DECODER, tmp_path)
+def test_baked_heads_are_constants_and_no_inputs(shared: Path) -> None:
+    decoder = Exported(toy_config(), DECODER, shared)
     recipe = Recipe(name="toy", heads=Heads.BAKED)
     model, heads = prepare_decoder(onnx.load(decoder.path), decoder.model.config, recipe, decoder.heads)
     assert not heads and "layers.0.q_proj_v_proj.up" in {tensor.name for tensor in model.graph.initializer}

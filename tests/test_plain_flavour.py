@@ -10,10 +10,12 @@ import onnxruntime as ort
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
+from shared_files import made_once
 from tolerance import assert_close, clear_rows
 from torch import Tensor
 from toy import AR, FULL, GROUPED, decoder_inputs, next_state, toy_config, toy_model
 
+from mosear.artifacts import key_of
 from mosear.config import ModelConfig, MoSEConfig, Policy, Route, Select, Statistic, Target
 from mosear.contract import DECODER, EMBEDDING, MODALITY_WEIGHT, Part, parts
 from mosear.errors import EngineError
@@ -51,19 +53,25 @@ COMBINATIONS: dict[str, dict[str, Any]] = {  # Any: a field of ModelConfig each
         "mose": MoSEConfig(targets=(Target.Q_PROJ, Target.V_PROJ), rank=4, experts=1),
     },
 }
+# What the last two say is said of other parts or graphs by default too.
+FULL_ALONE = ("off top1 modality own-a", "balance-sum one-expert one-layer")
+CHOICES = [pytest.param(name, marks=pytest.mark.full if name in FULL_ALONE else ()) for name in COMBINATIONS]
 
 
 class Exported:
     """A toy, one of its parts as an ONNX file, and a session on it."""
 
-    def __init__(self, config: ModelConfig, name: str, folder: Path) -> None:
+    def __init__(self, config: ModelConfig, name: str, shared: Path) -> None:
         self.model, self.part = toy_model(config), parts(config)[name]
         self.heads = {spec.name: self.model.heads[spec.name].numpy() for spec in self.part.heads}
-        self.path = folder / f"{name}.onnx"
-        export_part(toy_model(config, ops=ExportOps()), self.part, self.path)
+        self.path = made_once(shared / f"{name}-{key_of(dataclasses.asdict(config))}", self._export) / f"{name}.onnx"
         options = ort.SessionOptions()
         options.log_severity_level, options.intra_op_num_threads = 3, 1
         self.session = ort.InferenceSession(str(self.path), options, providers=["CPUExecutionProvider"])
+
+    def _export(self, folder: Path) -> None:
+        model = toy_model(self.model.config, ops=ExportOps())
+        export_part(model, self.part, folder / f"{self.part.name}.onnx")
 
     def run(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         feeds = {name: tensor.numpy() for name, tensor in tensors.items()}
@@ -72,15 +80,14 @@ class Exported:
         return {n: torch.from_numpy(value) for n, value in zip(names, self.session.run(names, feeds), strict=True)}
 
 
-@pytest.fixture(scope="module", params=COMBINATIONS)
-def decoder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    config = toy_config(**COMBINATIONS[request.param])
-    return Exported(config, DECODER, tmp_path_factory.mktemp("decoder"))
+@pytest.fixture(scope="module", params=CHOICES)
+def decoder(request: pytest.FixtureRequest, shared: Path) -> Exported:
+    return Exported(toy_config(**COMBINATIONS[request.param]), DECODER, shared)
 
 
 @pytest.fixture(scope="module")
-def embedding(tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    return Exported(toy_config(), EMBEDDING, tmp_path_factory.mktemp("embedding"))
+def embedding(shared: Path) -> Exported:
+    return Exported(toy_config(), EMBEDDING, shared)
 
 
 def test_names_and_axes_are_the_contracts(decoder: Exported) -> None:
@@ -183,9 +190,10 @@ def test_every_axis_of_a_decoder_moves(decoder: Exported) -> None:
     probe_axes(decoder.model, decoder.part, decoder.path)
 
 
+@pytest.mark.full  # a toy's export probes each part before it ends
 @pytest.mark.parametrize("name", [name for name in parts(toy_config()) if name not in (DECODER, EMBEDDING)])
-def test_every_axis_of_the_other_parts_moves(name: str, tmp_path: Path) -> None:
-    exported = Exported(toy_config(), name, tmp_path)
+def test_every_axis_of_the_other_parts_moves(name: str, shared: Path) -> None:
+    exported = Exported(toy_config(), name, shared)
     probe_axes(exported.model, exported.part, exported.path)
 
 
@@ -217,20 +225,16 @@ def test_the_probe_finds_a_graph_of_fixed_size(embedding: Exported, tmp_path: Pa
 
 
 @pytest.mark.parametrize("axis", ["B", "S", "L", "Q"])
-def test_the_probe_names_the_decoders_fixed_axis(axis: str, tmp_path_factory: pytest.TempPathFactory) -> None:
-    folder = tmp_path_factory.getbasetemp() / "broken"
-    if not folder.exists():
-        folder.mkdir()
-        Exported(toy_config(), DECODER, folder)
-    model, part = toy_model(toy_config()), parts(toy_config())[DECODER]
-    proto = onnx.load(folder / "decoder.onnx")
+def test_the_probe_names_the_decoders_fixed_axis(axis: str, shared: Path, tmp_path: Path) -> None:
+    toy = Exported(toy_config(), DECODER, shared)
+    proto = onnx.load(toy.path)
     for value in proto.graph.input:
         for dim in value.type.tensor_type.shape.dim:
             if dim.dim_param == axis:
                 dim.dim_value = BASE[axis]
-    onnx.save(proto, folder / f"fixed_{axis}.onnx")
+    onnx.save(proto, tmp_path / f"fixed_{axis}.onnx")
     with pytest.raises(EngineError, match=rf"fixed_{axis}\.onnx at {axis} size \d+ does not run"):
-        probe_axes(model, part, folder / f"fixed_{axis}.onnx")
+        probe_axes(toy.model, toy.part, tmp_path / f"fixed_{axis}.onnx")
 
 
 def _constant(name: str, *values: int, scalar: bool = False) -> TensorProto:

@@ -74,7 +74,9 @@ def build(model: ReferenceModel, folder: Path) -> Backend:
     return OnnxRuntimeBackend(folder, config, heads=heads, threads=1, names=PARTS)
 
 
-@pytest.fixture(scope="module", params=CONFIGS)
+@pytest.fixture(
+    scope="module", params=["grouped, token route", pytest.param("full, modality route", marks=pytest.mark.full)]
+)
 def toy(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Toy]:
     model = toy_model(CONFIGS[request.param])
     backend = build(model, tmp_path_factory.mktemp("toy") / "engine")

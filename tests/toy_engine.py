@@ -33,6 +33,12 @@ class Folders:
     onnx: Path
     engine: Path
 
+    @classmethod
+    def below(cls, root: Path) -> "Folders":
+        """Those that `build` wrote there."""
+        onnx, engine = ((root / link).resolve() for link in ("onnx/onnx", f"engines/{RECIPE.name}"))
+        return cls(root=root, checkpoint=root / "checkpoint", onnx=onnx, engine=engine)
+
 
 def byte_tokenizer() -> Tokenizer:
     alphabet = sorted(ByteLevel.alphabet())
@@ -42,7 +48,8 @@ def byte_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def build(root: Path) -> Folders:
+def build(root: Path) -> None:
+    """The folders of a toy below `root`."""
     config = toy.toy_config()
     config = dataclasses.replace(
         config, backbone=dataclasses.replace(config.backbone, vocab_size=300, max_positions=4096)
@@ -50,9 +57,8 @@ def build(root: Path) -> Folders:
     checkpoint.save(root / "checkpoint", config, toy.toy_model(config).files(), byte_tokenizer().to_str())
     lines: list[str] = []
     exported = export_checkpoint(root / "checkpoint", root / "onnx", lines.append)
-    engine = build_engine(RECIPE, exported, root / "engines", lines.append)
+    build_engine(RECIPE, exported, root / "engines", lines.append)
     assert any("decoder (9 of 9)" in line for line in lines)
-    return Folders(root=root, checkpoint=root / "checkpoint", onnx=exported, engine=engine)
 
 
 # A request, and what its RequestError says.
