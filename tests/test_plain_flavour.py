@@ -13,14 +13,15 @@ from onnx import TensorProto, helper, numpy_helper
 from tolerance import assert_close, clear_rows
 from torch import Tensor
 from toy import AR, FULL, GROUPED, decoder_inputs, next_state, toy_config, toy_model
+from toy_exports import export_toy
 
 from mosear.config import ModelConfig, MoSEConfig, Policy, Route, Select, Statistic, Target
 from mosear.contract import DECODER, EMBEDDING, MODALITY_WEIGHT, Part, parts
 from mosear.errors import EngineError
 from mosear_export.model.whole import ReferenceModel
-from mosear_export.ops import ATTENTION, DOMAIN, EXPERTS, OPSET, ExportOps
+from mosear_export.ops import ATTENTION, DOMAIN, EXPERTS, OPSET
 from mosear_export.probe import BASE, probe_axes
-from mosear_export.to_onnx import PartModule, example_tensor, export_part, quiet
+from mosear_export.to_onnx import PartModule, example_tensor, quiet
 
 VIDEO, AUDIO, CAPACITY = 1, 2, 19
 
@@ -59,8 +60,7 @@ class Exported:
     def __init__(self, config: ModelConfig, name: str, folder: Path) -> None:
         self.model, self.part = toy_model(config), parts(config)[name]
         self.heads = {spec.name: self.model.heads[spec.name].numpy() for spec in self.part.heads}
-        self.path = folder / f"{name}.onnx"
-        export_part(toy_model(config, ops=ExportOps()), self.part, self.path)
+        self.path = export_toy(config, name, folder)
         options = ort.SessionOptions()
         options.log_severity_level, options.intra_op_num_threads = 3, 1
         self.session = ort.InferenceSession(str(self.path), options, providers=["CPUExecutionProvider"])
