@@ -17,6 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import machine
 import numpy as np
 import onnx_ir as ir
 import torch
@@ -55,7 +56,9 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (bound, bound))
     given.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=given.folder) as aside:
-        found = json.dumps(measure(Path(aside), given.layers, build=given.build), indent=2)
+        found = json.dumps(
+            {"machine": machine.stamp()} | measure(Path(aside), given.layers, build=given.build), indent=1
+        )
     print(found)
     if given.output:
         given.output.parent.mkdir(parents=True, exist_ok=True)

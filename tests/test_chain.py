@@ -16,8 +16,10 @@ from mosear.config import ModelConfig
 from mosear.contract import Part, parts
 from mosear.errors import EngineError
 from mosear.hashes import HashMemory, file_hash
+from mosear_export import build as build_module
 from mosear_export import chain, export, to_onnx
 from mosear_export.checkpoint import seal
+from mosear_export.explain import explain
 from mosear_export.model.whole import ReferenceModel
 
 ROOT = Path(__file__).parents[1]
@@ -110,11 +112,13 @@ def test_a_full_disk_is_named_and_leaves_nothing(
     monkeypatch.setattr(chain, "_export", lambda *_: toy.onnx)
     with pytest.raises(EngineError, match=r"cannot be written below .*No space left.*MB are free.*--out"):
         chain.build(RECIPE, tmp_path, toy.checkpoint, print, hash_of=file_hash)
-    assert list((tmp_path / "engines").iterdir()) == []
+    left = [path for path in (tmp_path / "engines").rglob("*") if path.name.startswith(".")]
+    assert not left and not list((tmp_path / "engines").glob("toy*"))
 
 
 def test_a_changed_expert_exports_no_graph(toy: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The graphs stay, as the same files; golden outputs and heads are new. A changed projector is a graph of its own."""
+    """The graphs stay, as the same files, an engine's too; golden outputs and heads are new. A changed projector is a graph
+    of its own."""
     changed = shutil.copytree(toy.checkpoint, tmp_path / "checkpoint")
     values = load_file(changed / "heads.safetensors")
     expert = next(name for name in values if name.endswith("q_proj.b"))
@@ -132,6 +136,13 @@ def test_a_changed_expert_exports_no_graph(toy: Folders, tmp_path: Path, monkeyp
     for name in (f"{part}.onnx" for part in parts(ModelConfig.load(other / "config.json"))):
         assert same(other, toy.onnx, name) and same(other, toy.onnx, f"{name}.data")
     assert not same(other, toy.onnx, "golden/decoder.safetensors") and not same(other, toy.onnx, "heads.safetensors")
+    lines = list(explain(toy.engine, other, None))
+    assert lines[0].startswith("onnx.golden/") and "graphs to build: none; graphs that stay: decoder, " in lines[-2]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build_module, "optimise", lambda *_: pytest.fail("optimised a graph"))
+        engine = build_module.build_engine(RECIPE, other, toy.engine.parent, print)
+    assert engine != toy.engine and same(engine, toy.engine, "decoder.onnx.data")
+    assert not same(engine, toy.engine, "heads.safetensors")
     projector = next(name for name in values if name.startswith("face_projector.") and values[name].any())
     save_file(values | {projector: values[projector] * 2}, changed / "heads.safetensors")
     seal(changed)

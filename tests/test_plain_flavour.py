@@ -10,19 +10,18 @@ import onnxruntime as ort
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
-from shared_files import made_once
 from tolerance import assert_close, clear_rows
 from torch import Tensor
 from toy import AR, FULL, GROUPED, decoder_inputs, next_state, toy_config, toy_model
+from toy_exports import export_toy
 
-from mosear.artifacts import key_of
 from mosear.config import ModelConfig, MoSEConfig, Policy, Route, Select, Statistic, Target
 from mosear.contract import DECODER, EMBEDDING, MODALITY_WEIGHT, Part, parts
 from mosear.errors import EngineError
 from mosear_export.model.whole import ReferenceModel
-from mosear_export.ops import ATTENTION, DOMAIN, EXPERTS, OPSET, ExportOps
+from mosear_export.ops import ATTENTION, DOMAIN, EXPERTS, OPSET
 from mosear_export.probe import BASE, probe_axes
-from mosear_export.to_onnx import PartModule, example_tensor, export_part, quiet
+from mosear_export.to_onnx import PartModule, example_tensor, quiet
 
 VIDEO, AUDIO, CAPACITY = 1, 2, 19
 
@@ -53,9 +52,9 @@ COMBINATIONS: dict[str, dict[str, Any]] = {  # Any: a field of ModelConfig each
         "mose": MoSEConfig(targets=(Target.Q_PROJ, Target.V_PROJ), rank=4, experts=1),
     },
 }
-# What the last two say is said of other parts or graphs by default too.
-FULL_ALONE = ("off top1 modality own-a", "balance-sum one-expert one-layer")
-CHOICES = [pytest.param(name, marks=pytest.mark.full if name in FULL_ALONE else ()) for name in COMBINATIONS]
+# Those of the default run: together they have each form of experts, gates and masses.
+USUAL = ("balance-sum soft token shared", "balance-mean top1 token own-a", "target soft modality shared")
+CHOICES = [pytest.param(name, marks=() if name in USUAL else pytest.mark.full) for name in COMBINATIONS]
 
 
 class Exported:
@@ -64,14 +63,10 @@ class Exported:
     def __init__(self, config: ModelConfig, name: str, shared: Path) -> None:
         self.model, self.part = toy_model(config), parts(config)[name]
         self.heads = {spec.name: self.model.heads[spec.name].numpy() for spec in self.part.heads}
-        self.path = made_once(shared / f"{name}-{key_of(dataclasses.asdict(config))}", self._export) / f"{name}.onnx"
+        self.path = export_toy(config, name, shared)
         options = ort.SessionOptions()
         options.log_severity_level, options.intra_op_num_threads = 3, 1
         self.session = ort.InferenceSession(str(self.path), options, providers=["CPUExecutionProvider"])
-
-    def _export(self, folder: Path) -> None:
-        model = toy_model(self.model.config, ops=ExportOps())
-        export_part(model, self.part, folder / f"{self.part.name}.onnx")
 
     def run(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         feeds = {name: tensor.numpy() for name, tensor in tensors.items()}

@@ -64,7 +64,7 @@ def test_the_rule_takes_every_linear_layer_and_nothing_else(folders: Folders) ->
     assert names == [f"layers.{i}.{kind}" for i in range(2) for kind in graph.IN_A_LAYER] + ["head"]
     weights = {linear.weight for linear in linears}
     shapes = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
-    assert [shapes[linear.weight] for linear in linears[:4]] == [(24, 80), (48, 24), (24, 80), (40, 24)]
+    assert [shapes[linear.weight] for linear in linears[:4]] == [(24, 320), (192, 24), (24, 80), (40, 24)]
     narrow = quantise.quantise_int8(model, weights=weights, block=16)
     assert [n.op_type for n in narrow.graph.node].count("MatMulNBits") == len(linears)
     assert not set(heads) & weights

@@ -103,11 +103,11 @@ def test_a_job_names_the_kernels_the_gpu_and_the_timings(tmp_path: Path, monkeyp
 
 
 @pytest.fixture(scope="module")
-def decoder(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+def decoder(shared: Path) -> Exported:
     backbone = dataclasses.replace(GROUPED, head_size=64, heads=4, kv_heads=2)
-    mose = MoSEConfig(targets=(Linear.Q_PROJ, Linear.DOWN_PROJ), rank=3, experts=2)
+    mose = MoSEConfig(targets=(Linear.Q_PROJ, Linear.V_PROJ), rank=3, experts=2)  # as in plugins/test_flavour
     config = toy_config(backbone=backbone, ar=dataclasses.replace(AR, statistic=Statistic.MEAN), mose=mose)
-    return Exported(config, DECODER, tmp_path_factory.mktemp("decoder"))
+    return Exported(config, DECODER, shared)
 
 
 @pytest.mark.parametrize("precision", [Precision.FP16, Precision.BF16])

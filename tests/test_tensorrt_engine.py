@@ -17,8 +17,7 @@ import pytest
 from google.protobuf import json_format, text_format
 from onnx import helper
 from safetensors.numpy import load_file, save_file
-from toy import toy_config, toy_model
-from toy_engine import LIMITS, byte_tokenizer
+from toy_engine import LIMITS, Folders
 from tritonclient.grpc import model_config_pb2 as pb
 
 from mosear.artifacts import Manifest, folder_hashes
@@ -33,11 +32,10 @@ from mosear.serving.check import check_plans
 from mosear.serving.configs import Device, Settings, model_configs
 from mosear.serving.onnx_backend import Ask
 from mosear.serving.plan_backend import PlanModel
-from mosear_export import build_tensorrt, checkpoint, export
+from mosear_export import build_tensorrt, export
 from mosear_export import preflight as preflight_module
 from mosear_export.build_tensorrt import build_engine
 from mosear_export.explain import explain
-from mosear_export.export import export_checkpoint
 from mosear_export.preflight import memory_mb, preflight
 
 PLANS = TensorRT(compute_capabilities=("8.9",), capacity=3456, prefill_batch=2, prefill_rows=64, decode_batch=3)
@@ -45,21 +43,13 @@ RECIPE = Recipe(name="toy-rtx", target=Target.TENSORRT_RTX, precision=Precision.
 
 
 @pytest.fixture(scope="module")
-def onnx_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A toy whose heads are wide enough for TensorRT's fused attentions: it has none for 8."""
-    root, config = tmp_path_factory.mktemp("wide"), toy_config()
-    config = dataclasses.replace(
-        config,
-        backbone=dataclasses.replace(config.backbone, vocab_size=300, max_positions=4096, head_size=32),
-        voice=dataclasses.replace(config.voice, hidden_size=64),
-    )
-    checkpoint.save(root / "checkpoint", config, toy_model(config).files(), byte_tokenizer().to_str())
-    return export_checkpoint(root / "checkpoint", root / "onnx", print)
+def onnx_folder(folders: Folders) -> Path:
+    return folders.onnx
 
 
 @pytest.fixture(scope="module")
-def engine(onnx_folder: Path) -> Path:
-    return build_engine(RECIPE, onnx_folder, onnx_folder.parent / "engines", print)
+def engine(folders: Folders) -> Path:
+    return build_engine(RECIPE, folders.onnx, folders.root / "engines", print)
 
 
 def profiles(engine: Path, part: str) -> list[dict[str, object]]:
@@ -101,7 +91,7 @@ def profiles_kernels(engine: Path, index: int) -> list[str]:
 def test_nothing_changed_nothing_built(engine: Path, onnx_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build_tensorrt, "build_plan", lambda *_: pytest.fail("built a plan"))
     lines: list[str] = []
-    assert build_engine(RECIPE, onnx_folder, onnx_folder.parent / "engines", lines.append) == engine
+    assert build_engine(RECIPE, onnx_folder, engine.parent, lines.append) == engine
     assert lines == [f"engine: {engine} is fresh"]
     assert list(explain(engine, onnx_folder, None)) == [f"{engine} is fresh: `mosear build` would do nothing"]
 
@@ -118,7 +108,7 @@ def test_a_changed_expert_builds_no_plan(
     lines = list(explain(engine, changed, None))
     assert lines[0].startswith("onnx.heads.safetensors: expected ") and "plans to build: none" in lines[1]
     monkeypatch.setattr(build_tensorrt, "build_plan", lambda *_: pytest.fail("built a plan"))
-    other = build_engine(RECIPE, changed, onnx_folder.parent / "engines", print)
+    other = build_engine(RECIPE, changed, engine.parent, print)
     assert other != engine and (other / "decoder.plan").read_bytes() == (engine / "decoder.plan").read_bytes()
     packed = load_file(engine / HEADS), load_file(other / HEADS)
     assert [name for name in packed[0] if (packed[0][name] != packed[1][name]).any()]
@@ -148,7 +138,7 @@ def test_inspect_shows_chips_and_kernels(engine: Path) -> None:
     assert "plan   decoder: 8.9; " in text and "profile 1: " in text and "fused attentions" in text
 
 
-def test_a_dry_run_finds_what_stops_a_build(onnx_folder: Path, tmp_path: Path) -> None:
+def test_a_dry_run_finds_what_stops_a_build(onnx_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not [finding for finding in preflight(RECIPE, onnx_folder) if finding.stops]
     wrong = dataclasses.replace(
         RECIPE, tensorrt=dataclasses.replace(PLANS, capacity=9024, decode_batch=2, builder_memory_mb=100)
@@ -158,6 +148,10 @@ def test_a_dry_run_finds_what_stops_a_build(onnx_folder: Path, tmp_path: Path) -
     assert "a conflict report decodes 3 at once: raise it to 3" in found["tensorrt.decode_batch"]
     needed = memory_mb(ModelConfig.load(onnx_folder / "config.json"))
     assert f"set tensorrt.builder_memory_mb to {needed} or more" in found["decoder"]
+    monkeypatch.setattr(preflight_module, "machine_mb", lambda: needed - 1)
+    assert f"needs about {needed} MB (computed), there are {needed - 1}: build on a" in str(
+        preflight(RECIPE, onnx_folder)[0]
+    )
 
 
 def test_a_dry_run_names_an_operator_that_tensorrt_lacks(onnx_folder: Path, tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """What TensorRT is given, run by ONNX Runtime against the reference: in fp32, in 16 bits, with narrower weights."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
-from test_plain_flavour import COMBINATIONS, Exported
+from test_plain_flavour import CHOICES, COMBINATIONS, USUAL, Exported
 from tolerance import assert_close
 from toy import AR, decoder_inputs, toy_config
 
@@ -96,9 +98,26 @@ def errors(
     return result
 
 
-@pytest.fixture(scope="module", params=COMBINATIONS)
-def decoder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    return Exported(softened(COMBINATIONS[request.param]), DECODER, tmp_path_factory.mktemp("decoder"))
+Export = Callable[..., Exported]
+
+
+@pytest.fixture(scope="module")
+def exported(shared: Path) -> Export:
+    """Parts of toys (of a configuration, and the part's name), each made once."""
+
+    @functools.cache
+    def made(config: ModelConfig, name: str = DECODER) -> Exported:
+        return Exported(config, name, shared)
+
+    return made
+
+
+WIDEST = "balance-mean top1 token own-a"  # experts on all seven linears: the largest errors
+
+
+@pytest.fixture(scope="module", params=CHOICES)
+def decoder(request: pytest.FixtureRequest, exported: Export) -> Exported:
+    return exported(softened(COMBINATIONS[request.param]))
 
 
 def softened(changes: dict[str, Any]) -> ModelConfig:
@@ -107,11 +126,11 @@ def softened(changes: dict[str, Any]) -> ModelConfig:
     return dataclasses.replace(config, mose=dataclasses.replace(config.mose, select=Select.SOFT))
 
 
-@pytest.mark.parametrize("choice", COMBINATIONS)
+@pytest.mark.parametrize("choice", CHOICES)
 @pytest.mark.parametrize("rows", [ROWS, pytest.param(1, marks=pytest.mark.full)])
-def test_in_fp32_it_is_the_reference(choice: str, rows: int, tmp_path: Path) -> None:
+def test_in_fp32_it_is_the_reference(choice: str, rows: int, exported: Export) -> None:
     """The mask's form itself, on rows that are real."""
-    decoder = Exported(toy_config(**COMBINATIONS[choice]), DECODER, tmp_path)
+    decoder = exported(toy_config(**COMBINATIONS[choice]))
     tensors = inputs(decoder, rows=rows, start=3)
     wanted = {name: value.numpy() for name, value in decoder.run(tensors).items()}
     model = onnx.load(decoder.path)
@@ -127,17 +146,32 @@ def test_in_fp32_it_is_the_reference(choice: str, rows: int, tmp_path: Path) -> 
 
 
 @pytest.fixture(scope="module")
-def simple(tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    return Exported(toy_config(), DECODER, tmp_path_factory.mktemp("simple"))
+def simple(exported: Export) -> Exported:
+    return exported(toy_config())
 
 
-@pytest.mark.parametrize("precision", TOLERANCE)
+def usual(name: str, precision: Precision) -> bool:
+    """fp16 of the usual combinations, narrower types of the widest (int4 is int8 in a toy)."""
+    if precision is Precision.FP16:
+        return name in USUAL
+    return name == WIDEST and precision is not Precision.INT4
+
+
+@pytest.mark.parametrize(
+    ("decoder", "precision"),
+    [
+        pytest.param(name, precision, marks=[] if usual(name, precision) else pytest.mark.full)
+        for name in COMBINATIONS
+        for precision in TOLERANCE
+    ],
+    indirect=["decoder"],
+)
 def test_a_prefill_is_the_references(decoder: Exported, precision: Precision) -> None:
     found = errors(decoder, recipe(precision), inputs(decoder), emulate=True)
     assert max(found.values()) <= TOLERANCE[precision], found
 
 
-@pytest.mark.parametrize("strength", [0.0, 1.0])
+@pytest.mark.parametrize("strength", [pytest.param(0.0, marks=pytest.mark.full), 1.0])
 def test_16_bits_themselves_run_and_are_as_near(decoder: Exported, strength: float) -> None:
     tensors = inputs(decoder, strength=torch.full((BATCH,), strength))
     assert max(errors(decoder, recipe(), tensors).values()) <= TOLERANCE[Precision.FP16]
@@ -157,10 +191,10 @@ def test_strength_0_is_attention_without_masses_to_move(simple: Exported) -> Non
 
 
 @pytest.mark.parametrize("gap", [10.0, 40.0, 75.0])
-def test_a_group_far_below_the_others_is_raised_in_full(gap: float, tmp_path: Path) -> None:
+def test_a_group_far_below_the_others_is_raised_in_full(gap: float, exported: Export) -> None:
     """One maximum for all groups would lose it in 16 bits from a gap of 17 on."""
-    decoder = Exported(toy_config(ar=dataclasses.replace(AR, policy=Policy.TARGET, move=1.0)), DECODER, tmp_path)
-    bias = torch.tensor([[0.0, 0.0, -gap]] * BATCH)  # audio
+    decoder = exported(toy_config(**COMBINATIONS["target soft modality shared"]))
+    bias = torch.tensor([[0.0, 0.0, -gap, 0.0]] * BATCH)  # audio
     tensors = inputs(decoder, rows=1, start=11, strength=torch.ones(BATCH), group_bias=bias)
     found = errors(decoder, recipe(), tensors)
     assert found["mass_after"] <= 6e-3 and found["logits"] <= 2e-2, found
@@ -233,10 +267,13 @@ def test_a_matrix_in_integers_is_near() -> None:
         np.testing.assert_allclose(run(model, {})["w16"], weight.value.astype(np.float16), atol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["voice", "face", "face_detector", "scene", "voice_projector", "embedding"])
-@pytest.mark.parametrize("precision", [Precision.FP16, Precision.BF16])
-def test_other_parts_in_16_bits(name: str, precision: Precision, tmp_path: Path) -> None:
-    part = Exported(toy_config(), name, tmp_path)
+OTHERS = ["voice", "face", *(pytest.param(n, marks=pytest.mark.full) for n in ("face_detector", "scene", "embedding"))]
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("precision", [Precision.FP16, pytest.param(Precision.BF16, marks=pytest.mark.full)])
+def test_other_parts_in_16_bits(name: str, precision: Precision, exported: Export) -> None:
+    part = exported(toy_config(), name)
     tensors = inputs_of(part.part, part.model, SIZES, seed=0)
     wanted = part.run(tensors)
     model = prepare_part(onnx.load(part.path), recipe(precision), emulate=True)

@@ -51,8 +51,10 @@ def byte_tokenizer() -> Tokenizer:
 def build(root: Path) -> None:
     """The folders of a toy below `root`."""
     config = toy.toy_config()
-    config = dataclasses.replace(
-        config, backbone=dataclasses.replace(config.backbone, vocab_size=300, max_positions=4096)
+    config = dataclasses.replace(  # heads wide enough for TensorRT's fused attentions: it has none for 8
+        config,
+        backbone=dataclasses.replace(config.backbone, vocab_size=300, max_positions=4096, head_size=32),
+        voice=dataclasses.replace(config.voice, hidden_size=64),
     )
     checkpoint.save(root / "checkpoint", config, toy.toy_model(config).files(), byte_tokenizer().to_str())
     lines: list[str] = []

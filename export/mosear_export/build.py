@@ -1,4 +1,8 @@
-"""Stage ONNX folder to engine folder, for the target of a recipe."""
+"""Stage ONNX folder to engine folder, for ONNX Runtime.
+
+Optimised graphs are folders of their own, `<root>/graphs/<part>-<key>`, found again by content. An engine folder links to
+their files, so a changed expert (heads are inputs of the decoder) makes a new engine folder and optimises no graph.
+"""
 
 import shutil
 import tempfile
@@ -10,7 +14,7 @@ import onnx
 from onnx import numpy_helper
 from safetensors.numpy import load_file, save_file
 
-from mosear.artifacts import CONFIG, HEADS, TOKENIZER, Draft, Manifest, existing, publish
+from mosear.artifacts import CONFIG, HEADS, TOKENIZER, Draft, Manifest, existing, location, publish, share
 from mosear.backends.onnxruntime_cpu import OnnxRuntimeBackend, optimise
 from mosear.config import ModelConfig
 from mosear.contract import DECODER, Tensors, parts
@@ -19,7 +23,7 @@ from mosear.errors import EngineError
 from mosear.hashes import HashOf, file_hash
 from mosear.recipe import Heads, Precision, Recipe, Target
 from mosear_export import export, fuse, golden, pack, quantise
-from mosear_export.inputs import engine_inputs
+from mosear_export.inputs import GRAPH, GRAPHS, engine_inputs, part_inputs
 from mosear_export.precision import short
 from mosear_export.precision.graph import linear_weights
 
@@ -45,32 +49,55 @@ def build_engine(
         return found
     source.verify(onnx_folder, remedy=remedy, hash_of=hash_of or file_hash)
     with publish(root, kind=KIND, name=recipe.name, inputs=inputs) as draft:
-        _compile(recipe, onnx_folder, draft, report)
+        _link_graphs(recipe, onnx_folder, draft, report, hash_of or file_hash)
         draft.notes["golden"] = check_golden(recipe, onnx_folder, draft.folder, report)
         draft.notes["parity"] = short_parity(recipe, onnx_folder, draft.folder)
     report(f"engine: wrote {(root / recipe.name).resolve()}")
     return (root / recipe.name).resolve()
 
 
-def _compile(recipe: Recipe, onnx_folder: Path, draft: Draft, report: Report) -> None:
-    shutil.copy(onnx_folder / CONFIG, draft.folder)
-    shutil.copy(onnx_folder / TOKENIZER, draft.folder)
+def _link_graphs(recipe: Recipe, onnx_folder: Path, draft: Draft, report: Report, hash_of: HashOf) -> None:
+    """Fill an engine folder: its graphs, made where they are not there yet, and what is no graph."""
+    for file in (CONFIG, TOKENIZER):
+        shutil.copy(onnx_folder / file, draft.folder)
     config = ModelConfig.load(onnx_folder / CONFIG)
-    table = parts(config)
+    source, table, root = (
+        Manifest.load(onnx_folder, kind=export.KIND, remedy=""),
+        parts(config),
+        draft.folder.parent / GRAPHS,
+    )
     for index, name in enumerate(table, 1):
-        report(f"engine: {name} ({index} of {len(table)})")
-        source = onnx_folder / f"{name}.onnx"
-        if name != DECODER:
-            _finish(recipe, source, draft.folder / source.name)
-            continue
-        model, heads = prepare_decoder(onnx.load(source), config, recipe, load_heads(onnx_folder / HEADS))
-        if heads:
-            save_file(heads, draft.folder / HEADS)
-        draft.notes["int8_matrices"] = sum(node.op_type == "MatMulNBits" for node in model.graph.node)
-        with tempfile.TemporaryDirectory(dir=draft.folder.parent, prefix=".build-") as aside:
-            path = Path(aside, source.name)
-            onnx.save_model(model, path, save_as_external_data=True, location=f"{path.name}.data", size_threshold=1024)
-            _finish(recipe, path, draft.folder / source.name)
+        inputs = part_inputs(recipe, source, name)
+        folder = existing(root, kind=GRAPH, name=name, inputs=inputs, hash_of=hash_of)
+        report(f"engine: {name} ({index} of {len(table)}){' is there' if folder else ''}")
+        if folder is None:
+            with publish(root, kind=GRAPH, name=name, inputs=inputs) as made:
+                _compile(recipe, onnx_folder, name, config, made)
+            folder = location(root, name=name, inputs=inputs)
+        manifest = Manifest.load(folder, kind=GRAPH, remedy="build again")
+        for file in manifest.files:
+            share(folder / file, draft.folder / file)
+        draft.notes |= manifest.notes
+    if recipe.heads is Heads.INPUTS:
+        _, heads, _ = packed_decoder(_exported(onnx_folder), config, recipe, load_heads(onnx_folder / HEADS))
+        save_file(heads, draft.folder / HEADS)
+
+
+def _compile(recipe: Recipe, onnx_folder: Path, part: str, config: ModelConfig, draft: Draft) -> None:
+    source = onnx_folder / f"{part}.onnx"
+    if part != DECODER:
+        _finish(recipe, source, draft.folder / source.name)
+        return
+    model, _ = prepare_decoder(_exported(onnx_folder), config, recipe, load_heads(onnx_folder / HEADS))
+    draft.notes["int8_matrices"] = sum(node.op_type == "MatMulNBits" for node in model.graph.node)
+    with tempfile.TemporaryDirectory(dir=draft.folder.parent, prefix=".build-") as aside:
+        path = Path(aside, source.name)
+        onnx.save_model(model, path, save_as_external_data=True, location=f"{path.name}.data", size_threshold=1024)
+        _finish(recipe, path, draft.folder / source.name)
+
+
+def _exported(onnx_folder: Path) -> onnx.ModelProto:
+    return onnx.load(onnx_folder / f"{DECODER}.onnx")
 
 
 def _finish(recipe: Recipe, source: Path, target: Path) -> None:
@@ -86,7 +113,17 @@ def _finish(recipe: Recipe, source: Path, target: Path) -> None:
 def prepare_decoder(
     model: onnx.ModelProto, config: ModelConfig, recipe: Recipe, heads: Tensors
 ) -> tuple[onnx.ModelProto, Tensors]:
-    """The decoder's graph as a recipe wants it, calls fused and weights in its precision, and what its head inputs take."""
+    """The decoder's graph as a recipe wants it, weights in its precision, and what its head inputs take."""
+    model, heads, weights = packed_decoder(model, config, recipe, heads)
+    if recipe.precision is Precision.INT8:
+        model = quantise.quantise_linears(model, weights, recipe)
+    return model, heads
+
+
+def packed_decoder(
+    model: onnx.ModelProto, config: ModelConfig, recipe: Recipe, heads: Tensors
+) -> tuple[onnx.ModelProto, Tensors, list[str]]:
+    """The decoder's graph with calls fused, in fp32; what its head inputs take; the weights of its linear layers."""
     fuse.merge_linears(model)
     weights = linear_weights(model)
     fuse.skip_norms(model)
@@ -98,9 +135,7 @@ def prepare_decoder(
         model.graph.input.extend(kept)
         model.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in heads.items())
         heads = {}
-    if recipe.precision is Precision.INT8:
-        model = quantise.quantise_linears(model, weights, recipe)
-    return model, heads
+    return model, heads, weights
 
 
 def check_golden(recipe: Recipe, onnx_folder: Path, folder: Path, report: Report) -> dict[str, float]:

@@ -27,7 +27,7 @@ from mosear.hashes import HashOf, file_hash
 from mosear.recipe import Mechanisms, Precision, Recipe, Target
 from mosear_export import export, golden, tensorrt_graph
 from mosear_export.golden_plans import check_on_gpu, cpu_session, export_session, last_row
-from mosear_export.inputs import engine_inputs, plan_inputs
+from mosear_export.inputs import engine_inputs, part_inputs
 
 Report = Callable[[str], None]
 PLUGINS = "mosear.kernels.plugins.register"
@@ -101,7 +101,7 @@ def _try(recipe: Recipe, onnx_folder: Path, folder: Path, config: ModelConfig) -
 
 def _plan_folder(stage: Stage, part: Part) -> Path:
     recipe, onnx_folder, config = stage.recipe, stage.onnx_folder, stage.config
-    inputs, folder = plan_inputs(recipe, stage.source, part.name), stage.root / PLANS
+    inputs, folder = part_inputs(recipe, stage.source, part.name), stage.root / PLANS
     if found := existing(folder, kind=PLAN, name=part.name, inputs=inputs, hash_of=stage.hash_of):
         return found
     with publish(folder, kind=PLAN, name=part.name, inputs=inputs) as draft:

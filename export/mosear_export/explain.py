@@ -5,9 +5,10 @@ from pathlib import Path
 
 from mosear.artifacts import ONNX, Manifest, existing
 from mosear.backends.tensorrt_builder import MODULES, PLAN, PLANS
+from mosear.contract import parts
 from mosear.engine import REMEDY, EngineFolder
 from mosear.recipe import Recipe
-from mosear_export.inputs import engine_inputs, plan_inputs
+from mosear_export.inputs import GRAPH, GRAPHS, engine_inputs, part_inputs
 
 MISSING = "nothing"
 
@@ -30,23 +31,20 @@ def explain(folder: Path, onnx_folder: Path, recipe_path: Path | None) -> Iterat
     if not differences and not missing:
         yield f"{folder} is fresh: `mosear build` would do nothing"
         return
-    yield from _plans(folder, engine, recipe, source)
+    yield from _parts(folder, engine, recipe, source)
     yield f"{folder} would be rebuilt; {REMEDY} --recipe {recipe_path or f'export/recipes/{recipe.name}.toml'}"
 
 
-def _plans(folder: Path, engine: EngineFolder, recipe: Recipe, source: Manifest) -> Iterator[str]:
-    """Of a TensorRT engine, which plans would be built: the others are linked as they are."""
-    if recipe.target not in MODULES:
-        return
-    root = folder.resolve().parent / PLANS
+def _parts(folder: Path, engine: EngineFolder, recipe: Recipe, source: Manifest) -> Iterator[str]:
+    """Which plans or graphs would be built: the others are linked as they are."""
+    word, kind, below = ("plan", PLAN, PLANS) if recipe.target in MODULES else ("graph", GRAPH, GRAPHS)
+    root = folder.resolve().parent / below
     fresh: list[str] = []
     stale: list[str] = []
-    for file in sorted(engine.manifest.files):
-        if file.endswith(".plan"):
-            part = file.removesuffix(".plan")
-            found = existing(root, kind=PLAN, name=part, inputs=plan_inputs(recipe, source, part))
-            (fresh if found else stale).append(part)
-    yield f"plans to build: {', '.join(stale) or 'none'}; plans that stay: {', '.join(fresh) or 'none'}"
+    for part in sorted(parts(engine.config)):
+        found = existing(root, kind=kind, name=part, inputs=part_inputs(recipe, source, part))
+        (fresh if found else stale).append(part)
+    yield f"{word}s to build: {', '.join(stale) or 'none'}; {word}s that stay: {', '.join(fresh) or 'none'}"
 
 
 def differing(was: object, now: object, name: str = "") -> Iterator[tuple[str, object, object]]:

@@ -26,6 +26,7 @@ CPU_CODE = (*SHARED_CODE, "precision/graph.py", "quantise.py")
 BUILDER_CODE = ("backends/tensorrt_builder.py", "backends/tensorrt_child.py")
 ONNXRUNTIMES = ("onnxruntime", "onnxruntime-gpu")  # packages with the same module: one of them is there
 MISSING = "missing"
+GRAPH, GRAPHS = "graph", "graphs"  # kind of an optimised graph's folder; below the engines
 TENSORRT_CODE = (*SHARED_CODE, "masked.py", "masked_body.py", "narrow.py", "tensorrt_graph.py")
 
 
@@ -73,15 +74,22 @@ def engine_inputs(recipe: Recipe, source: Manifest) -> dict[str, object]:
     return {"onnx": source.files, "recipe": recipe.record(), "code": code, **tools}
 
 
-def plan_inputs(recipe: Recipe, source: Manifest, part: str) -> dict[str, object]:
-    """Of a part's plan: heads only where they are baked into it."""
+def part_inputs(recipe: Recipe, source: Manifest, part: str) -> dict[str, object]:
+    """Of a part's plan, or of its optimised graph: heads only where they are baked into it."""
     record = recipe.record()
     files = {name: digest for name, digest in source.files.items() if name in (f"{part}.onnx", f"{part}.onnx.data")}
     if part == DECODER and recipe.heads is Heads.BAKED:
         files[HEADS] = source.files[HEADS]
     files[CONFIG] = source.files[CONFIG]
-    kept = {key: record[key] for key in ("target", "precision", "block", "heads", "tensorrt")}
+    kept = {key: record[key] for key in _settings(recipe, part)}
     return engine_inputs(recipe, source) | {"onnx": files, "recipe": kept, "part": part}
+
+
+def _settings(recipe: Recipe, part: str) -> tuple[str, ...]:
+    """Fields of a recipe that decide a part's plan or graph."""
+    if recipe.target in MODULES:
+        return ("target", "precision", "block", "heads", "tensorrt")
+    return ("target", "precision", "block", "fine", "fine_block", "heads") if part == DECODER else ("target",)
 
 
 def processor() -> str:

@@ -1,6 +1,7 @@
 """`mosear build --dry-run`: what would stop a build, in seconds and without building, each finding with its mend."""
 
 import importlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,12 +108,22 @@ def operators(model: ModelProto, config: ModelConfig) -> dict[str, str]:
 
 
 def _memory(recipe: Recipe, config: ModelConfig) -> Iterator[Finding]:
-    needed = memory_mb(config)
+    needed, here = memory_mb(config), machine_mb()
+    if needed > here:
+        yield Finding(
+            where="this machine", problem=f"the decoder's build needs about {needed} MB (computed), there are {here}",
+            mend="build on a machine with more memory; it needs no GPU",
+        )  # fmt: skip
     if needed > recipe.plans.builder_memory_mb:
         yield Finding(
             where=DECODER, problem=f"its build needs about {needed} MB (computed), builder_memory_mb allows "
             f"{recipe.plans.builder_memory_mb}", mend=f"set tensorrt.builder_memory_mb to {needed} or more",
         )  # fmt: skip
+
+
+def machine_mb() -> int:
+    """This machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 20
 
 
 def memory_mb(config: ModelConfig) -> int:

@@ -14,7 +14,7 @@ from mosear.contract import Part, Tensors
 from mosear.recipe import Heads, Precision, Recipe
 from mosear_export import fuse, pack
 from mosear_export.masked import attend_masked
-from mosear_export.narrow import Quantise, Weight, narrow
+from mosear_export.narrow import Quantise, Typed, Weight, narrow
 from mosear_export.plugin_flavour import plugin_flavour, typed_operators
 
 BLOCK = 128  # int4 weights of a column that share a scale
@@ -32,17 +32,7 @@ def prepare_decoder(
     fuse.split_heads(model, config.backbone.head_size)
     heads = attend_masked(model, config, heads)
     model = inlined(model)
-    used = _drop_dead(model)
-    heads = {name: value for name, value in heads.items() if name in used}
-    if recipe.heads is Heads.BAKED:
-        model.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in heads.items())
-        used -= heads.keys()
-        heads = {}
-    stored = {name for pair in part.state for name in pair} | {name for name in heads if name.endswith(HEAD_MATRICES)}
-    _keep_inputs(model, used)
-    narrow(model, kind(recipe), stored=stored, quantise=quantiser(recipe), emulate=emulate)
-    name_by_layer(model)
-    return model, heads
+    return _narrowed(model, recipe, heads, part, emulate=emulate, quantise=quantiser(recipe))
 
 
 def prepare_plugin_decoder(
@@ -55,6 +45,14 @@ def prepare_plugin_decoder(
     if not emulate:
         model = plugin_flavour(model, config)
     _share_constants(model)
+    return _narrowed(model, recipe, heads, part, emulate=emulate, typed=typed_operators())
+
+
+def _narrowed(
+    model: ModelProto, recipe: Recipe, heads: Tensors, part: Part, *, emulate: bool, quantise: Quantise | None = None,
+    typed: Typed | None = None,
+) -> tuple[ModelProto, Tensors]:  # fmt: skip
+    """The graph without what nothing reads, in 16 bits, nodes named by layer; and the heads that it still takes."""
     used = _drop_dead(model)
     heads = {name: value for name, value in heads.items() if name in used}
     if recipe.heads is Heads.BAKED:
@@ -63,7 +61,7 @@ def prepare_plugin_decoder(
         heads = {}
     stored = {name for pair in part.state for name in pair} | {name for name in heads if name.endswith(HEAD_MATRICES)}
     _keep_inputs(model, used)
-    narrow(model, kind(recipe), stored=stored, typed=typed_operators(), emulate=emulate)
+    narrow(model, kind(recipe), stored=stored, quantise=quantise, typed=typed, emulate=emulate)
     name_by_layer(model)
     return model, heads
 

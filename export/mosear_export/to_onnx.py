@@ -117,7 +117,7 @@ def _name_axis(dim: onnx.TensorShapeProto.Dimension, axis: Axis) -> None:
 def one_registry() -> Iterator[None]:
     """The exporter parses the sources of all its operators at each call, a fifth of a small part's export: here once."""
     kept = ONNXRegistry.from_torchlib
-    ONNXRegistry.from_torchlib = staticmethod(_registry)  # type: ignore[method-assign, assignment]
+    ONNXRegistry.from_torchlib = staticmethod(_registry)  # type: ignore[method-assign]
     try:
         yield
     finally:

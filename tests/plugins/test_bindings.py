@@ -13,10 +13,19 @@ pytestmark = pytest.mark.skipif(bool(bindings.missing()), reason=bindings.missin
 KINDS = {"data": "DataType.BF16", "f32": "DataType.FLOAT", "i32": "DataType.INT32"}
 
 
-@pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory) -> Any:  # Any: JSON
+# Each kernel's node once, but for runs, whose kernel is a prefill's; the others differ in sizes.
+USUAL = (
+    "AttentionSplit decode D64", "AttentionSplit prefill D64", "AttentionFinish decode D64", "AttentionFinish prefill D64",
+    "AttentionSplitPaged decode D64", "ExpertsShrink decode one", "ExpertsExpand decode one", "ExpertsExpand decode two",
+)  # fmt: skip
+
+
+@pytest.fixture(
+    scope="module", params=[USUAL, pytest.param(tuple(BOUND), marks=pytest.mark.full)], ids=["usual", "all"]
+)
+def told(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:  # Any: JSON
     libraries = bindings.stand_ins(tmp_path_factory.mktemp("libraries"))
-    return bindings.child("offline.py", str(ARCH), libraries=libraries)
+    return bindings.child("offline.py", str(ARCH), *request.param, libraries=libraries)
 
 
 def test_definitions_register(told: Any) -> None:
@@ -39,13 +48,13 @@ def test_what_is_wrong_is_refused(told: Any) -> None:
     assert "KernelError: AttentionSplit has no tactic 7: `autotune` listed [" in refused["tactic"]
 
 
-@pytest.mark.parametrize("name", BOUND)
-def test_types_and_formats(name: str, told: Any) -> None:
+def test_types_and_formats(told: Any) -> None:
     """One combination: the network's types, all linear."""
-    case, found = BOUND[name], told["cases"][name]
-    assert found["types"] == [KINDS[kind] for kind in case.op.outputs.values()]
-    wanted = [KINDS[kind] for kind in (*case.op.inputs.values(), *case.op.outputs.values())]
-    assert found["formats"] == [[kind, "TensorFormat.LINEAR"] for kind in wanted]
+    for name, found in told["cases"].items():
+        op = BOUND[name].op
+        assert found["types"] == [KINDS[kind] for kind in op.outputs.values()], name
+        wanted = [KINDS[kind] for kind in (*op.inputs.values(), *op.outputs.values())]
+        assert found["formats"] == [[kind, "TensorFormat.LINEAR"] for kind in wanted], name
 
 
 def test_types_follow_the_network(told: Any) -> None:
@@ -54,20 +63,20 @@ def test_types_follow_the_network(told: Any) -> None:
         assert told[data]["tactics"][0]["name"] == "decode_merge"
 
 
-@pytest.mark.parametrize("name", BOUND)
-def test_symbols_are_worth_what_the_launcher_computes(name: str, told: Any) -> None:
+def test_symbols_are_worth_what_the_launcher_computes(told: Any) -> None:
     """Shapes, grids and scalars as symbols, evaluated at each call, beside plain numbers (test_launches: the launchers')."""
-    case, found = BOUND[name], told["cases"][name]
-    site = Site(arch=ARCH, data="bf16", attributes=case.attributes)
-    for i, call in enumerate(case.calls):
-        sizes = case.at(call)
-        assert found["shapes"][i] == [list(shape) for shape in case.op.shapes(sizes, site, Arithmetic())]
-    assert found["tactics"], "no tactic"
-    for told_of in found["tactics"]:
+    for name, found in told["cases"].items():
+        case = BOUND[name]
+        site = Site(arch=ARCH, data="bf16", attributes=case.attributes)
+        for i, call in enumerate(case.calls):
+            sizes = case.at(call)
+            assert found["shapes"][i] == [list(shape) for shape in case.op.shapes(sizes, site, Arithmetic())], name
+        assert found["tactics"], name
         geometries = [candidate_geometries(case, site, i) for i in range(len(case.calls))]
-        for i, launch in enumerate(told_of["calls"]):
-            assert (tuple(launch["launch"][:3]), tuple(launch["scalars"])) in geometries[i]
-            assert launch["launch"][4:6] == [1, 1] and launch["launch"][6] <= 48 * 1024
+        for told_of in found["tactics"]:
+            for i, launch in enumerate(told_of["calls"]):
+                assert (tuple(launch["launch"][:3]), tuple(launch["scalars"])) in geometries[i], name
+                assert launch["launch"][4:6] == [1, 1] and launch["launch"][6] <= 48 * 1024, name
 
 
 def candidate_geometries(case: NodeCase, site: Site, i: int) -> set[tuple[tuple[int, ...], tuple[int, ...]]]:
@@ -77,16 +86,15 @@ def candidate_geometries(case: NodeCase, site: Site, i: int) -> set[tuple[tuple[
     return {(tuple(g.grid), tuple(g.scalars)) for g in geometries}
 
 
-@pytest.mark.parametrize("name", BOUND)
-def test_a_tactics_number_names_one_kernel(name: str, told: Any) -> None:
+def test_a_tactics_number_names_one_kernel(told: Any) -> None:
     """Over all nodes and profiles: TensorRT keeps kernels of both profiles under their tactics' numbers."""
     kernels: dict[int, set[str]] = {}
     for found in told["cases"].values():
         for tactic in found["tactics"]:
             body = tactic["ptx"].split(".visible .entry")[1].split("{", 1)[1]
             kernels.setdefault(tactic["number"], set()).add(body)
-    for tactic in told["cases"][name]["tactics"]:
-        assert len(kernels[tactic["number"]]) == 1 and 0 < tactic["number"] < 2**31
+    for number, bodies in kernels.items():
+        assert len(bodies) == 1 and 0 < number < 2**31
 
 
 def test_without_the_package_the_error_says_what_to_install() -> None:

@@ -14,13 +14,13 @@ from onnx import TensorProto, helper
 from tolerance import assert_close, clear_rows
 from torch import Tensor
 from toy import AR, GROUPED, decoder_inputs, next_state, toy_config, toy_model
+from toy_exports import export_toy
 
 from mosear.config import ModelConfig, MoSEConfig, Policy, Route, Select, Statistic, Target
 from mosear.contract import DECODER, parts
 from mosear.errors import EngineError
-from mosear_export.ops import DOMAIN, ExportOps
+from mosear_export.ops import DOMAIN
 from mosear_export.plugin_flavour import Plugins, plugin_flavour
-from mosear_export.to_onnx import export_part
 
 AUDIO, CAPACITY, LENGTHS = 2, 48, [9, 6, 1]
 BACKBONE = dataclasses.replace(GROUPED, head_size=64, heads=4, kv_heads=2)
@@ -40,15 +40,17 @@ COMBINATIONS: dict[str, dict[str, Any]] = {  # Any: a field of ModelConfig each
 }  # fmt: skip
 
 
+USUAL = "balance-mean soft token shared"
+
+
 class Both:
     """A toy's decoder in both flavours."""
 
-    def __init__(self, config: ModelConfig, folder: Path) -> None:
+    def __init__(self, config: ModelConfig, shared: Path) -> None:
         self.config, self.part = config, parts(config)[DECODER]
         model = toy_model(config)
         self.heads = {spec.name: model.heads[spec.name].numpy() for spec in self.part.heads}
-        path = folder / "decoder.onnx"
-        export_part(toy_model(config, ops=ExportOps()), self.part, path)
+        path = export_toy(config, DECODER, shared)
         self.proto = onnx.load(path)
         options = ort.SessionOptions()
         options.log_severity_level, options.intra_op_num_threads = 3, 1
@@ -62,9 +64,11 @@ class Both:
         return {n: torch.from_numpy(np.array(v)) for n, v in zip(names, session.run(names, feeds), strict=True)}
 
 
-@pytest.fixture(scope="module", params=COMBINATIONS)
-def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Both:
-    return Both(toy_config(**COMBINATIONS[request.param]), tmp_path_factory.mktemp("flavours"))
+@pytest.fixture(
+    scope="module", params=[USUAL, *(pytest.param(n, marks=pytest.mark.full) for n in COMBINATIONS if n != USUAL)]
+)
+def both(request: pytest.FixtureRequest, shared: Path) -> Both:
+    return Both(toy_config(**COMBINATIONS[request.param]), shared)
 
 
 def test_prefill_and_decoding_are_the_plain_flavours(both: Both) -> None:

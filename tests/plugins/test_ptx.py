@@ -18,11 +18,11 @@ from mosear.kernels.reallocated_attention.decode import MERGE, SPLIT, SPLIT_PAGE
 from mosear.kernels.reallocated_attention.kernel import PREFILL, PREFILL_RUNS
 
 KERNELS = {op.name: op for op in (MERGE, SPLIT, SPLIT_PAGED, PREFILL, PREFILL_RUNS, EXPAND, SHRINK)}
-DEFAULT_ARCHS = (90, 120)
+DEFAULT_ARCH = 90
 
 
 @pytest.fixture(
-    scope="module", params=[a if a in DEFAULT_ARCHS else pytest.param(a, marks=pytest.mark.full) for a in ARCHS]
+    scope="module", params=[a if a == DEFAULT_ARCH else pytest.param(a, marks=pytest.mark.full) for a in ARCHS]
 )
 def made(request: pytest.FixtureRequest) -> tuple[int, Any]:
     return request.param, bindings.child("assembled.py", str(request.param))
