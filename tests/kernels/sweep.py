@@ -10,12 +10,12 @@ def sweep(cases: Iterable[Any], *default: Any) -> list[Any]:  # Any: a parameter
     """The cases as parameters; those that are not in `default` are marked `full`."""
     cases = list(cases)
     assert all(case in cases for case in default), "a default case is none of the sweep's"
-    return [
-        pytest.param(
-            *(case if isinstance(case, tuple) else (case,)), marks=[] if case in default else [pytest.mark.full]
-        )
-        for case in cases
-    ]
+    found = []
+    for case in cases:
+        values = case if isinstance(case, tuple) else (case,)
+        marks = [] if case in default else [pytest.mark.full]
+        found.append(pytest.param(*values, id="-".join(map(str, values)), marks=marks))
+    return found
 
 
 def chosen(request: pytest.FixtureRequest, fixture: str, parameter: str) -> list[Any]:  # Any: the parameter's values
