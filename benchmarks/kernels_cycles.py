@@ -93,19 +93,23 @@ class For:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """What a kernel's file says of lines: its loops."""
+    """What a kernel's file says of lines: its loops, and first and last line of each function that a loop calls: what it
+    computes may stand in the loop or beside it."""
 
     loops: tuple[For, ...]
+    called: tuple[tuple[int, int], ...]
 
 
 def read_source(text: str) -> Source:
     """Loops of a source file, and the ifs in them. A name in capitals is a constant; `tl.static_range` is no loop."""
-    loops = []
-    for function in ast.walk(ast.parse(text)):
-        if not isinstance(function, ast.FunctionDef):
-            continue
+    loops, called = [], set()
+    functions = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)]
+    for function in functions:
         for node in ast.walk(function):
             if isinstance(node, ast.For) and "static_range" not in ast.unparse(node.iter):
+                called |= {
+                    n.func.id for n in ast.walk(node) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)
+                }
                 ifs = [child for child in node.body if isinstance(child, ast.If)]
                 loops.append(
                     For(
@@ -118,7 +122,10 @@ def read_source(text: str) -> Source:
                         arms=tuple(arm for child in ifs if not _constant(child) for arm in _arms(child)),
                     )
                 )
-    return Source(loops=tuple(sorted(loops, key=lambda loop: loop.first)))
+    return Source(
+        loops=tuple(sorted(loops, key=lambda loop: loop.first)),
+        called=tuple((f.lineno, _end(f.body)) for f in functions if f.name in called),
+    )
 
 
 def _constant(node: ast.If) -> bool:
@@ -193,9 +200,11 @@ def analyse(code: Code, source: Source, chip: Chip) -> tuple[list[Passage], list
 
 
 def _home_of(lines: Sequence[int], source: Source) -> For | None:
-    """The loop of the source that most of a block's lines stand in."""
+    """The loop of the source that most of a block's lines stand in, functions that a loop calls left out."""
     votes = Counter(
-        next((loop for loop in source.loops if loop.first <= line <= loop.last), None) for line in lines if line
+        next((loop for loop in source.loops if loop.first <= line <= loop.last), None)
+        for line in lines
+        if line and not any(first <= line <= last for first, last in source.called)
     )
     return votes.most_common(1)[0][0] if votes else None
 

@@ -29,7 +29,7 @@ NUMBERS, MEMORY = "numbers", "memory"  # the interpreter beside float64; ttsem
 class Mutant:
     """`old`, which stands `times` times in the module's source, becomes `new`; `check` of mutant_checks.py sees it.
 
-    `how`: NUMBERS, a comparison fails; or MEMORY, the sanitizer reports a fault. `full`: not in the default run.
+    `how`: NUMBERS, a comparison fails; or MEMORY, the sanitizer reports a fault. `often`: in the default run too.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Mutant:
     check: str
     how: str = NUMBERS
     times: int = 1
-    full: bool = False
+    often: bool = False
 
 
 MOSE, DECODE, POLICY = "modality_experts.kernel", "reallocated_attention.decode", "reallocated_attention.policy_kernel"
@@ -50,11 +50,11 @@ MUTANTS = (
         old="b_at = (m * EXPERTS * RANK + c)", new="b_at = (m * RANK + c)",
     ),
     Mutant(
-        name="experts: gates of swapped groups", module=MOSE, check="experts", full=True,
+        name="experts: gates of swapped groups", module=MOSE, check="experts",
         old="gate_owner = gate_column // EXPERTS % GROUPS", new="gate_owner = GROUPS - 1 - gate_column // EXPERTS % GROUPS",
     ),
     Mutant(
-        name="experts: A of any group", module=MOSE, check="experts_own_a", full=True,
+        name="experts: A of any group", module=MOSE, check="experts_own_a",
         old="own = own & (group[:, None] == a_owner)", new="own = own & (a_owner == 0)",
     ),
     Mutant(
@@ -66,7 +66,7 @@ MUTANTS = (
         old="tl.exp(logits - top)", new="tl.exp(logits)",
     ),
     Mutant(
-        name="experts: ties to the last", module=MOSE, check="experts_ties",
+        name="experts: ties to the last", module=MOSE, check="experts_ties", often=True,
         old="tl.min(tl.where(logits == top, expert, EXPERTS), 1)", new="tl.max(tl.where(logits == top, expert, -1), 1)",
     ),
     Mutant(
@@ -74,7 +74,7 @@ MUTANTS = (
         old="tl.range(0, SPLITS, loop_unroll_factor=8)", new="tl.range(0, SPLITS - 1, loop_unroll_factor=8)",
     ),
     Mutant(
-        name="experts: rows of another group mixed in", module=MOSE, check="experts", full=True,
+        name="experts: rows of another group mixed in", module=MOSE, check="experts",
         old="mine = active & (group == m)", new="mine = active & (group >= m)",
     ),
     Mutant(
@@ -91,7 +91,7 @@ MUTANTS = (
         old="out = ((split * n_rows.to(tl.int64) + row) * TARGETS * pitch)", new="out = (row * TARGETS * pitch)",
     ),
     Mutant(
-        name="experts: unmasked store of y", module=MOSE, check="experts_memory", how=MEMORY,
+        name="experts: unmasked store of y", module=MOSE, check="experts_memory", often=True, how=MEMORY,
         old="tl.store(y_ptr + out, y.to(y_ptr.dtype.element_ty), mask=mask)",
         new="tl.store(y_ptr + out, y.to(y_ptr.dtype.element_ty), mask=inside[None, :] & (row >= 0)[:, None])",
     ),
@@ -104,14 +104,14 @@ MUTANTS = (
         old="total = total * rescale + tl.sum(weight, 1)", new="total = total + tl.sum(weight, 1)",
     ),
     Mutant(
-        name="decode: values not rescaled", module=DECODE, check="decode", full=True, old="acc * rescale[:, None]", new="acc",
+        name="decode: values not rescaled", module=DECODE, check="decode", old="acc * rescale[:, None]", new="acc",
     ),
     Mutant(
         name="decode: wrong head map", module=DECODE, check="decode",
         old="head = batch * heads + kv_head * shared + row_head", new="head = batch * heads + row_head * kv_heads + kv_head",
     ),
     Mutant(
-        name="decode: causal off by one", module=DECODE, check="decode", old="position + 1)", new="position)",
+        name="decode: causal off by one", module=DECODE, check="decode", often=True, old="position + 1)", new="position)",
     ),
     Mutant(
         name="decode: first_row compared strictly", module=DECODE, check="decode",
@@ -123,11 +123,11 @@ MUTANTS = (
         old="tl.exp2(top - base) + tl.sum(scaled, 1)", new="1.0 + tl.sum(scaled, 1)",
     ),
     Mutant(
-        name="decode: bias left out of the masses", module=DECODE, check="decode", full=True,
+        name="decode: bias left out of the masses", module=DECODE, check="decode",
         old="level = tl.where(visible, top + bias, -float(\"inf\"))", new="level = tl.where(visible, top, -float(\"inf\"))",
     ),
     Mutant(
-        name="decode: averages merged as sums", module=DECODE, check="decode", full=True,
+        name="decode: averages merged as sums", module=DECODE, check="decode",
         old="weight = row_share * sums * tl.exp2(", new="weight = row_share * tl.exp2(",
     ),
     Mutant(
@@ -139,18 +139,18 @@ MUTANTS = (
         old="at = (page.to(tl.int64) * kv_heads + kv_head) * PAGE", new="at = (page.to(tl.int64) + kv_head) * PAGE",
     ),
     Mutant(
-        name="decode: mask of the keys dropped", module=DECODE, check="decode_memory", how=MEMORY,
+        name="decode: mask of the keys dropped", module=DECODE, check="decode_memory", often=True, how=MEMORY,
         old="inside = start + slot < high", new="inside = start + slot >= 0",
     ),
     Mutant(
-        name="prefill: causal off by one", module=PREFILL, check="prefill", times=2,
+        name="prefill: causal off by one", module=PREFILL, check="prefill", often=True, times=2,
         old="inside = tl.arange(0, BLOCK_N)[None, :] <= (reach", new="inside = tl.arange(0, BLOCK_N)[None, :] < (reach",
     ),
     Mutant(
         name="prefill: values not rescaled", module=PREFILL, check="prefill_unmoved", old="acc * fade[:, None]", new="acc",
     ),
     Mutant(
-        name="prefill: sums not rescaled", module=PREFILL, check="prefill", full=True,
+        name="prefill: sums not rescaled", module=PREFILL, check="prefill",
         old="sums[g] * fade + tl.sum(p * members[g][None, :], 1)", new="sums[g] + tl.sum(p * members[g][None, :], 1)",
     ),
     Mutant(
@@ -162,11 +162,11 @@ MUTANTS = (
         old="(position >= first_row)", new="(position > first_row)",
     ),
     Mutant(
-        name="prefill: mass moved the wrong way", module=PREFILL, check="prefill", full=True,
+        name="prefill: mass moved the wrong way", module=PREFILL, check="prefill",
         old="masses[g] + flow if g == VIDEO else (masses[g] - flow", new="masses[g] - flow if g == VIDEO else (masses[g] + flow",
     ),
     Mutant(
-        name="prefill: tiles of the first request for all", module=PREFILL, check="prefill_runs",
+        name="prefill: tiles of the first request for all", module=PREFILL, check="prefill_runs", often=True,
         old="tile_group_ptr += batch * tl.cdiv(capacity, BLOCK_N)", new="tile_group_ptr += 0 * tl.cdiv(capacity, BLOCK_N)",
     ),
     Mutant(
@@ -174,14 +174,14 @@ MUTANTS = (
         old="tl.load(at, mask=(slots < length)[None, :], other=0.0) if MASKED", new="tl.load(at) if MASKED",
     ),
     Mutant(
-        name="prefill: unmasked store of the masses", module=PREFILL, check="prefill_memory", how=MEMORY,
+        name="prefill: unmasked store of the masses", module=PREFILL, check="prefill_memory", often=True, how=MEMORY,
         old="tl.store(ptr + row * GROUPS + g, masses[g], mask=inside)", new="tl.store(ptr + row * GROUPS + g, masses[g])",
     ),
     Mutant(
-        name="policy: strength missing", module=POLICY, check="decode", old="strength * flow, 0.0)", new="flow, 0.0)",
+        name="policy: strength missing", module=POLICY, check="decode", often=True, old="strength * flow, 0.0)", new="flow, 0.0)",
     ),
     Mutant(
-        name="policy: video and audio swapped", module=POLICY, check="decode", full=True,
+        name="policy: video and audio swapped", module=POLICY, check="decode",
         old="flow = audio * tl.load(row_ptr + MOVE_AUDIO)", new="flow = video * tl.load(row_ptr + MOVE_AUDIO)",
     ),
 )  # fmt: skip

@@ -105,6 +105,7 @@ def test_an_unknown_label_is_refused() -> None:
         variants(order(labels=("tiny", "x")))
 
 
+@pytest.mark.full
 def test_workers_give_every_variant_once_and_in_order() -> None:
     said: list[str] = []
     rows = make(order(), workers=2, say=said.append)

@@ -161,6 +161,32 @@ def test_a_side_moved_out_of_a_loop_counts_by_its_share() -> None:
     assert [times for times, _ in pieces] == [0.25, 4]
 
 
+CALLED = """
+def helper(x):
+    y = x + 1
+    z = y + 1
+    return z
+
+def body(n):
+    x = 1
+    for i in tl.range(0, n):
+        if one >= 0:
+            x += 2
+        else:
+            x = helper(x)
+    return x
+"""
+
+
+def test_what_a_loop_calls_belongs_to_the_side_that_calls_it() -> None:
+    """A peeled turn whose lines are mostly those of a function that one side of the loop's `if` calls."""
+    source = kernels_cycles.read_source(CALLED)
+    assert source.called == ((2, 5),)
+    home = kernels_cycles._home_of([3, 4, 4, 13], source)
+    assert home and kernels_cycles._arm_of([3, 4, 4, 13], home) == "not one >= 0"
+    assert kernels_cycles._home_of([3, 4, 8, 8, 13], source) is None  # mostly before the loop
+
+
 def test_a_constants_side_is_a_flag_of_the_copy() -> None:
     many = "\n".join("        /*0011*/                   FADD R0, R0, R0 ;" for _ in range(8))
     text = CODE.replace("line 4\n        /*0090*/", f'line 6\n{many}\n	//## File "k.py", line 4\n        /*0090*/')

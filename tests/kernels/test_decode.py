@@ -1,6 +1,7 @@
 """The decode kernels against float64: any policy, element type, heads, lengths, groups, splits, and cache layout."""
 
 import dataclasses
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ from decode_inputs import ACTIVE, POLICIES, assert_parity, make, paged, scale_of
 from float64 import attention64
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sweep import sweep
 from tolerance import assert_close
 from torch import Tensor
 
@@ -23,7 +25,6 @@ from mosear.kernels.reallocated_attention.policy import AUDIO, VIDEO
 from mosear.kernels.reallocated_attention.reference import reallocated_attention
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-SWEPT = (torch.float32, pytest.param(torch.float16, marks=pytest.mark.full), torch.bfloat16)  # over every shape
 BALANCE = {"policy": Policy.BALANCE, "statistic": Statistic.SUM}
 
 
@@ -53,14 +54,19 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("dtype", SWEPT, ids=str)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    sweep(
+        itertools.product(SHAPES, DTYPES),
+        ("smallest", torch.float32), ("odd", torch.float32), ("wide", torch.float16), ("many groups", torch.bfloat16),
+    ),
+)  # fmt: skip
 def test_it_is_the_formula(shape: str, dtype: torch.dtype) -> None:
     for at, (policy, statistic) in enumerate(POLICIES):
         assert_parity(make(**SHAPES[shape], dtype=dtype, seed=at), policy, statistic)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", sweep(DTYPES, torch.bfloat16), ids=str)
 def test_16k_keys(dtype: torch.dtype) -> None:
     tensors = make([16384], heads=3, kv_heads=1, dtype=dtype)
     tensors["key_group"][0] = torch.repeat_interleave(
@@ -80,7 +86,7 @@ def test_long_mixed_batches(policy: Policy, statistic: Statistic, dtype: torch.d
         assert_parity(tensors, policy, statistic)
 
 
-@pytest.mark.parametrize("page", [16, 64, 48])
+@pytest.mark.parametrize("page", sweep([16, 64, 48], 48))
 def test_a_paged_cache_is_a_contiguous_one(page: int) -> None:
     """Pages smaller than a tile, equal to it, and of a size that is no power of two; the same tiles, so the same bits."""
     tensors = make([200, 0, 97, 336], capacity=384 if page != 48 else 336)
@@ -102,7 +108,7 @@ def test_three_axes_are_four() -> None:
         assert ours.shape == (2, 4, theirs.shape[-1]) and ours.equal(theirs[:, :, 0])
 
 
-@pytest.mark.parametrize("splits", [1, 7, 50])
+@pytest.mark.parametrize("splits", sweep([1, 7, 50], 7))
 def test_any_number_of_splits_gives_the_same(splits: int) -> None:
     """Also more splits than keys, and more partials than a merge reads at once."""
     tensors = make([100, 3, 0], heads=2)
@@ -113,6 +119,7 @@ def test_any_number_of_splits_gives_the_same(splits: int) -> None:
             assert_close(ours, theirs, "regrouped")
 
 
+@pytest.mark.full
 def test_longest_decides_the_splits_alone() -> None:
     tensors = make([300, 280], capacity=4096)
     for ours, theirs in zip(call(tensors, longest=300), call(tensors), strict=True):
@@ -130,7 +137,7 @@ def test_the_order_of_keys_is_free(policy: Policy, statistic: Statistic) -> None
         assert_close(ours, theirs, "regrouped")
 
 
-@pytest.mark.parametrize(("policy", "statistic"), ACTIVE)
+@pytest.mark.parametrize(("policy", "statistic"), sweep(ACTIVE, ACTIVE[-1]))
 def test_a_decoded_row_is_that_row_of_prefill(policy: Policy, statistic: Statistic) -> None:
     """Row by row over a growing cache, against the whiteboard over all rows at once; first_row stays where it is."""
     rows, tensors = 6, make([40, 40])
@@ -168,7 +175,7 @@ def test_a_row_that_sees_no_key_is_zeros(policy: Policy, statistic: Statistic) -
         assert part.isfinite().all() and part[0].any() and not part[1:].any()
 
 
-@pytest.mark.parametrize(("policy", "statistic"), ACTIVE)
+@pytest.mark.parametrize(("policy", "statistic"), sweep(ACTIVE, ACTIVE[0]))
 def test_muting_a_group_is_leaving_its_keys_out(policy: Policy, statistic: Statistic) -> None:
     tensors = make([60], groups=4)
     settings = {"policy": policy, "statistic": statistic}
@@ -218,8 +225,7 @@ def test_settings_are_each_requests_own() -> None:
 GAPS = (0.0, 10.0, 30.0, 60.0, 88.0, 100.0)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("low", [VIDEO, AUDIO])
+@pytest.mark.parametrize(("low", "dtype"), sweep(itertools.product((VIDEO, AUDIO), DTYPES), (AUDIO, torch.float16)))
 def test_a_group_far_below_is_raised_whole(low: int, dtype: torch.dtype) -> None:
     """Where one group's logits lie up to 100 below the others', its raised mass and its share of the output are right."""
     for policy, statistic in ACTIVE:
@@ -257,14 +263,15 @@ def test_every_result_is_written_and_what_no_split_saw_is_not() -> None:
         assert_close(ours, theirs, "regrouped")
 
 
-@settings(max_examples=15, deadline=None)
-@given(
+ANY_CALL = given(
     policy=st.sampled_from(POLICIES), lengths=st.lists(st.integers(0, 90), min_size=1, max_size=2),
     heads=st.sampled_from([(1, 1), (6, 2), (5, 1)]), groups=st.integers(3, 5), muted=st.sets(st.integers(0, 4)),
     runs=st.booleans(), splits=st.integers(1, 6), factor=st.sampled_from([0.0, 1.0, 6.0]), page=st.sampled_from([0, 8, 32]),
     seed=st.integers(0, 2**31),
 )  # fmt: skip
-def test_any_call_keeps_the_laws(
+
+
+def keeps_the_laws(
     policy: tuple[Policy, Statistic], lengths: list[int], heads: tuple[int, int], groups: int, muted: set[int], runs: bool,
     splits: int, factor: float, page: int, seed: int,
 ) -> None:  # fmt: skip
@@ -290,3 +297,16 @@ def test_any_call_keeps_the_laws(
     if page:
         for ours, theirs in zip(call(paged(tensors, page), longest=90), call(tensors, longest=90), strict=True):
             assert ours.equal(theirs)
+
+
+@settings(max_examples=4, deadline=None)
+@ANY_CALL
+def test_any_call_keeps_the_laws(**drawn: Any) -> None:  # Any: what ANY_CALL says
+    keeps_the_laws(**drawn)
+
+
+@pytest.mark.full
+@settings(max_examples=60, deadline=None)
+@ANY_CALL
+def test_many_calls_keep_the_laws(**drawn: Any) -> None:  # Any: what ANY_CALL says
+    keeps_the_laws(**drawn)

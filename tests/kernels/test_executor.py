@@ -86,6 +86,7 @@ def test_every_bf16_operation_is_torchs() -> None:
     assert len(errors) == 20 and not any(errors.values()), errors
 
 
+@pytest.mark.full
 def test_without_the_shim_they_are_wrong() -> None:
     """Only what Triton widens by itself (extrema), moves and exact conversions are right: why `_Bfloat16` exists."""
     program = "import json, executor; executor.interpret(bfloat16=False); import test_executor; "

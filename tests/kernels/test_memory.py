@@ -6,6 +6,7 @@ these very calls is test_mutants.py's matter.
 
 import pytest
 from executor import Verdict, sanitise
+from sweep import chosen, sweep
 
 LAUNCHES = {  # of each call, so that none is passed over
     "experts_memory": 6,
@@ -19,13 +20,16 @@ LAUNCHES = {  # of each call, so that none is passed over
 
 
 @pytest.fixture(scope="module")
-def verdicts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Verdict]:
-    """All in one process."""
-    found = sanitise([f"mutant_checks:{name}" for name in LAUNCHES], cache=tmp_path_factory.mktemp("cache"))
-    return {name: found[f"mutant_checks:{name}"] for name in LAUNCHES}
+def verdicts(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Verdict]:
+    """Of all checks that this run holds, in one process."""
+    names = chosen(request, "verdicts", "check")
+    found = sanitise([f"mutant_checks:{name}" for name in names], cache=tmp_path_factory.mktemp("cache"))
+    return {name: found[f"mutant_checks:{name}"] for name in names}
 
 
-@pytest.mark.parametrize("check", LAUNCHES)
+@pytest.mark.parametrize(
+    "check", sweep(LAUNCHES, "experts_stray_ids", "experts_prefill_memory", "decode_memory", "prefill_runs_memory")
+)
 def test_it_touches_nothing_but_its_own(check: str, verdicts: dict[str, Verdict]) -> None:
     verdict = verdicts[check]
     assert verdict.clean, verdict.message or verdict

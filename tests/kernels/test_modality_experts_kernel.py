@@ -1,6 +1,8 @@
 """Modality experts as kernels: DESIGN 3.1 against float64, its identities, and what a call reads and writes."""
 
 import dataclasses
+import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ import torch
 from experts64 import Heads, decided, experts64, make, runs
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sweep import sweep
 from tolerance import assert_close
 from torch import Tensor
 from traffic import Traffic
@@ -20,8 +23,12 @@ from mosear.kernels.modality_experts.reference import modality_experts as whiteb
 
 KINDS = {torch.float32: "kernel_fp32", torch.float16: "kernel_fp16", torch.bfloat16: "kernel_bf16"}
 every_choice = pytest.mark.parametrize(
-    ("select", "route", "share_a"), [(s, r, a) for s in Select for r in Route for a in (True, False)]
-)
+    ("select", "route", "share_a"),
+    sweep(
+        itertools.product(Select, Route, (True, False)),
+        (Select.SOFT, Route.TOKEN, True), (Select.TOP1, Route.MODALITY, False),
+    ),
+)  # fmt: skip
 PROMPT = runs((0, 41), (1, 258), (2, 1), (1, 1), (0, 99))  # text | 258 video | audio | video | text
 
 
@@ -78,18 +85,14 @@ def test_it_is_the_formula(
     check(heads, make(heads, rows=rows, dtype=dtype))
 
 
-@pytest.mark.parametrize(
-    "dtype",
-    [torch.bfloat16, *(pytest.param(t, marks=pytest.mark.full) for t in (torch.float32, torch.float16))],
-    ids=str,
-)
+@pytest.mark.parametrize("dtype", sweep(KINDS, torch.bfloat16), ids=str)
 def test_the_demo_models_prompt(dtype: torch.dtype) -> None:
     width, columns = MODELS["demo"]
     heads = Heads(width=width, columns=columns, rank=8)
     check(heads, make(heads, rows=len(PROMPT), dtype=dtype) | {"group": PROMPT})
 
 
-@pytest.mark.parametrize("rows", [1, 8, 64])
+@pytest.mark.parametrize("rows", sweep([1, 8, 64], 8))
 def test_a_step_of_decoding(rows: int) -> None:
     """Of LLaMA's width; all rows text, in parts of d whose sums are put together."""
     heads = Heads(width=4096, columns=(256, 256), rank=8)
@@ -220,7 +223,7 @@ def test_large_logits_stay_weights() -> None:
     assert (gates.max(-1).values > 0.999).any() and (gates < 1e-30).any()
 
 
-@pytest.mark.parametrize("splits", [1, 2, 3, 16])
+@pytest.mark.parametrize("splits", sweep([1, 2, 3, 16], 16))
 def test_parts_of_d_are_free(splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where some are empty: 300 columns are three blocks."""
     heads = Heads(width=300)
@@ -239,8 +242,7 @@ def test_parts_of_d_are_free(splits: int, monkeypatch: pytest.MonkeyPatch) -> No
     check(heads, tensors)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
+ANY_CALL = given(
     dtype=st.sampled_from(list(KINDS)),
     select=st.sampled_from(Select),
     route=st.sampled_from(Route),
@@ -254,7 +256,9 @@ def test_parts_of_d_are_free(splits: int, monkeypatch: pytest.MonkeyPatch) -> No
     weight=st.lists(st.sampled_from([0.0, 1.0, -0.5]), min_size=8, max_size=8),
     seed=st.integers(0, 2**31),
 )
-def test_any_call_is_the_formula(
+
+
+def is_the_formula(
     dtype: torch.dtype, select: Select, route: Route, share_a: bool, groups: int, experts: int, rank: int, width: int,
     columns: list[int], lengths: list[tuple[int, int]], weight: list[float], seed: int,
 ) -> None:  # fmt: skip
@@ -268,7 +272,23 @@ def test_any_call_is_the_formula(
     check(heads, tensors)
 
 
-@pytest.mark.parametrize("rows", [1, pytest.param(8, marks=pytest.mark.full), 64])
+ENDLESS = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@settings(ENDLESS, max_examples=10)
+@ANY_CALL
+def test_any_call_is_the_formula(**drawn: Any) -> None:  # Any: what ANY_CALL says
+    is_the_formula(**drawn)
+
+
+@pytest.mark.full
+@settings(ENDLESS, max_examples=80)
+@ANY_CALL
+def test_many_calls_are_the_formula(**drawn: Any) -> None:  # Any: what ANY_CALL says
+    is_the_formula(**drawn)
+
+
+@pytest.mark.parametrize("rows", sweep([1, 8, 64], 8))
 @pytest.mark.parametrize("model", MODELS)
 def test_decoding_moves_hardly_more_than_it_must(model: str, rows: int) -> None:
     """Bytes that the kernels really touch, each once a kernel: the workspace is all that comes on top."""

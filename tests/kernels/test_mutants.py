@@ -7,19 +7,18 @@ import sys
 import pytest
 from executor import Verdict
 from mutants import MEMORY, MUTANTS, NUMBERS, RESULTS, Mutant, memory_faults, run, seeded, source_of
+from sweep import chosen, sweep
 
 BY_NUMBERS = [m for m in MUTANTS if m.how == NUMBERS]
 BY_MEMORY = [m for m in MUTANTS if m.how == MEMORY]
 
 
 def marked(mutants: list[Mutant]) -> list[object]:
-    """Every second one in the default run, all in `make test-full` and in the committed table."""
-    return [
-        pytest.param(m, id=m.name, marks=[pytest.mark.full] if m.full or at % 2 else []) for at, m in enumerate(mutants)
-    ]
+    """A handful in the default run, all in `make test-full` and in the committed table."""
+    return [pytest.param(m, id=m.name, marks=[] if m.often else [pytest.mark.full]) for m in mutants]
 
 
-@pytest.mark.parametrize("check", sorted({m.check for m in BY_NUMBERS}))
+@pytest.mark.parametrize("check", sweep(sorted({m.check for m in BY_NUMBERS}), "decode", "experts_ties"))
 def test_without_a_mistake_a_check_is_silent(check: str) -> None:
     assert run(None, check) == ""
 
@@ -32,14 +31,12 @@ def test_numbers_see_it(mutant: Mutant) -> None:
 
 
 @pytest.fixture(scope="module")
-def faults(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Verdict]:
-    """Verdicts of the sanitizer, all in one process."""
-    return memory_faults([m for m in BY_MEMORY if not m.full], tmp_path_factory.mktemp("cache"))
+def faults(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Verdict]:
+    """Verdicts of the sanitizer on this run's mutants, all in one process."""
+    return memory_faults(chosen(request, "faults", "mutant"), tmp_path_factory.mktemp("cache"))
 
 
-@pytest.mark.parametrize(
-    "mutant", [pytest.param(m, id=m.name, marks=[pytest.mark.full] if m.full else []) for m in BY_MEMORY]
-)
+@pytest.mark.parametrize("mutant", marked(BY_MEMORY))
 def test_the_sanitizer_sees_it(mutant: Mutant, faults: dict[str, Verdict]) -> None:
     verdict = faults[mutant.name]
     assert verdict.kind in ("oob_read", "oob_write", "race"), f"{mutant.name} lives: {verdict.message or verdict}"

@@ -1,5 +1,6 @@
 """Both prefill kernels against float64: any policy, element type, heads, lengths, groups and tiles."""
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ from decode_inputs import ACTIVE, POLICIES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from prefill_inputs import BOTH, assert_parity, call, expected_of, make, plan_of, runs_of
+from sweep import sweep
 from tolerance import assert_close
 from torch import Tensor
 
@@ -19,9 +21,12 @@ from mosear.kernels.reallocated_attention.policy import AUDIO, VIDEO
 from mosear.kernels.reallocated_attention.runs import tile_group_tensor
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-SWEPT = (torch.float32, pytest.param(torch.float16, marks=pytest.mark.full), torch.bfloat16)  # over every shape
 PROMPT = ((20, 0), (33, 1), (1, 2), (1, 1), (30, 0))  # Emotion-LLaMA's order, with fewer pictures
 both = pytest.mark.parametrize("kernel", BOTH)
+one_kernel = pytest.mark.parametrize("kernel", sweep(BOTH, Kernel.RUNS))  # by default
+OFF, BY_SUM, BY_MEAN, TARGET = POLICIES
+# Each kernel once by default, each way to move mass in the full run.
+ACTIVE_KERNELS = sweep([(*p, k) for p in ACTIVE for k in BOTH], (*BY_MEAN, Kernel.RUNS), (*TARGET, Kernel.GENERAL))
 
 # Smallest; odd lengths with an empty request; the demo's three heads to one; LLaMA-2's head size; eight groups.
 SHAPES: dict[str, dict[str, Any]] = {
@@ -33,34 +38,33 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-LARGE = ("demo", "wide", "many groups")  # of which the default run takes two policies
-SWEEP = [
-    pytest.param(shape, *policy, marks=[pytest.mark.full] if shape in LARGE and at % 2 == 0 else [])
-    for shape in SHAPES
-    for at, policy in enumerate(POLICIES)
-]
-
-
-@both
-@pytest.mark.parametrize(("shape", "policy", "statistic"), SWEEP)
+@pytest.mark.parametrize(
+    ("shape", "policy", "statistic", "kernel"),
+    sweep(
+        ((shape, *policy, kernel) for shape, policy, kernel in itertools.product(SHAPES, POLICIES, BOTH)),
+        ("smallest", *TARGET, Kernel.RUNS), ("odd", *OFF, Kernel.GENERAL), ("odd", *BY_MEAN, Kernel.GENERAL),
+        ("demo", *TARGET, Kernel.RUNS), ("many groups", *BY_SUM, Kernel.RUNS),
+    ),
+)  # fmt: skip
 def test_it_is_the_formula(shape: str, policy: Policy, statistic: Statistic, kernel: Kernel) -> None:
     tensors = make(**SHAPES[shape])
     _, before, after = assert_parity(tensors, kernel, policy=policy, statistic=statistic, block_m=32, block_n=16)
     assert (not after.equal(before)) == (policy is not Policy.OFF and shape != "smallest")
 
 
-@both
-@pytest.mark.parametrize("dtype", SWEPT[1:], ids=str)
 @pytest.mark.parametrize(
-    "shape", [pytest.param(s, marks=[pytest.mark.full] if s in ("demo", "wide") else []) for s in SHAPES]
-)
+    ("shape", "dtype", "kernel"),
+    sweep(
+        itertools.product(SHAPES, DTYPES[1:], BOTH),
+        ("odd", torch.float16, Kernel.RUNS), ("many groups", torch.bfloat16, Kernel.GENERAL),
+    ),
+)  # fmt: skip
 def test_it_is_the_formula_in_16_bits(shape: str, dtype: torch.dtype, kernel: Kernel) -> None:
     tensors = make(**SHAPES[shape], dtype=dtype)
     assert_parity(tensors, kernel, statistic=Statistic.MEAN, block_m=32, block_n=16)
 
 
-@both
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("dtype", "kernel"), sweep(itertools.product(DTYPES, BOTH), (torch.bfloat16, Kernel.RUNS)))
 def test_the_prompt_of_400_tokens_in_the_tables_tiles(dtype: torch.dtype, kernel: Kernel) -> None:
     layout = ((20, 0), (258, 1), (1, 2), (1, 1), (120, 0))
     tensors = make([400], rows=130, heads=1, kv_heads=1, size=128, dtype=dtype, runs=layout)
@@ -84,8 +88,13 @@ def test_long_mixed_batches(
         assert_parity(tensors, kernel, block_m=64, block_n=64, policy=policy, statistic=statistic, causal=causal)
 
 
-@both
-@pytest.mark.parametrize(("block_m", "block_n"), [(16, 16), (64, 16), (16, 64), (32, 32)])
+@pytest.mark.parametrize(
+    ("block_m", "block_n", "kernel"),
+    sweep(
+        ((*block, kernel) for block in ((16, 16), (64, 16), (16, 64), (32, 32)) for kernel in BOTH),
+        (16, 64, Kernel.RUNS), (64, 16, Kernel.GENERAL),
+    ),
+)  # fmt: skip
 def test_tiles_of_any_size_give_the_same(block_m: int, block_n: int, kernel: Kernel) -> None:
     tensors = make([70, 33], heads=1, kv_heads=1, runs=PROMPT)
     expected = call(tensors, block_m=128, block_n=128)
@@ -93,8 +102,7 @@ def test_tiles_of_any_size_give_the_same(block_m: int, block_n: int, kernel: Ker
         assert_close(ours, theirs, "op")
 
 
-@both
-@pytest.mark.parametrize(("policy", "statistic"), ACTIVE)
+@pytest.mark.parametrize(("policy", "statistic", "kernel"), ACTIVE_KERNELS)
 def test_any_chunking_is_one_pass(policy: Policy, statistic: Statistic, kernel: Kernel) -> None:
     tensors = make([50, 50], heads=1, kv_heads=1, runs=PROMPT[1:])
     tensors["first_row"] = torch.tensor([30, 12], dtype=torch.int32)
@@ -111,17 +119,19 @@ def test_any_chunking_is_one_pass(policy: Policy, statistic: Statistic, kernel: 
             start = end
 
 
-@both
+@one_kernel
 def test_without_causality_a_row_sees_every_filled_key(kernel: Kernel) -> None:
-    for policy, statistic in POLICIES:
+    for policy, statistic in (BY_MEAN, TARGET):
         assert_parity(
             make([50, 33], rows=20, heads=2, runs=PROMPT[1:]), kernel, policy=policy, statistic=statistic, causal=False,
             block_m=16, block_n=16,
         )  # fmt: skip
 
 
-@both
-@pytest.mark.parametrize(("policy", "statistic"), POLICIES)
+@pytest.mark.parametrize(
+    ("policy", "statistic", "kernel"),
+    sweep([(*p, k) for p in POLICIES for k in BOTH], (*OFF, Kernel.GENERAL), (*BY_MEAN, Kernel.RUNS)),
+)
 def test_a_row_that_sees_no_key_is_zeros(policy: Policy, statistic: Statistic, kernel: Kernel) -> None:
     tensors = make([30, 0, 20, 25], heads=2, runs=((8, 1), (8, 2), (16, 0)))
     tensors["query_position"][2, :5] = -1
@@ -132,8 +142,7 @@ def test_a_row_that_sees_no_key_is_zeros(policy: Policy, statistic: Statistic, k
         assert not part[1].any() and not part[2, :, :5].any() and not part[2, :, 20:].any() and not part[3].any()
 
 
-@both
-@pytest.mark.parametrize(("policy", "statistic"), ACTIVE)
+@pytest.mark.parametrize(("policy", "statistic", "kernel"), ACTIVE_KERNELS)
 def test_rows_that_see_one_of_the_two_keep_their_masses(policy: Policy, statistic: Statistic, kernel: Kernel) -> None:
     """Video from key 8 on, audio from key 24 on: rows before 24 see no audio, in tiles that hold both kinds of row."""
     tensors = make([48], heads=2, runs=((8, 0), (16, 1), (24, 2)))
@@ -144,8 +153,9 @@ def test_rows_that_see_one_of_the_two_keep_their_masses(policy: Policy, statisti
     assert (after != before).any(-1)[:, :, 24:].any()
 
 
-@both
-@pytest.mark.parametrize(("policy", "statistic"), ACTIVE)
+@pytest.mark.parametrize(
+    ("policy", "statistic", "kernel"), sweep([(*p, k) for p in ACTIVE for k in BOTH], (*BY_MEAN, Kernel.RUNS))
+)
 def test_muting_a_group_is_leaving_its_keys_out(policy: Policy, statistic: Statistic, kernel: Kernel) -> None:
     tensors = make([40], rows=6, heads=2, groups=4, runs=((9, 0), (11, 1), (6, 3), (14, 2)))
     tensors |= {"first_row": torch.zeros(1, dtype=torch.int32), "query_position": torch.full((1, 6), 39).int()}
@@ -165,7 +175,7 @@ def test_muting_a_group_is_leaving_its_keys_out(policy: Policy, statistic: Stati
             assert ours.equal(same)  # what a muted key holds changes no bit
 
 
-@both
+@one_kernel
 def test_strength_0_without_bias_is_softmax_attention(kernel: Kernel) -> None:
     tensors = make([70, 70], heads=2, kv_heads=1, runs=PROMPT) | {
         "strength": torch.zeros(2),
@@ -181,7 +191,7 @@ def test_strength_0_without_bias_is_softmax_attention(kernel: Kernel) -> None:
     assert after.equal(before) and not call(tensors | {"strength": torch.ones(2)}, kernel, block_m=64)[2].equal(before)
 
 
-@both
+@one_kernel
 def test_settings_are_each_requests_own(kernel: Kernel) -> None:
     """A batch is its requests alone: lengths, strengths, biases, first_row and ids mix."""
     tensors = make([60, 0, 33, 7], rows=40, heads=2, runs=PROMPT)
@@ -196,9 +206,10 @@ def test_settings_are_each_requests_own(kernel: Kernel) -> None:
 GAPS = (0.0, 10.0, 60.0, 88.0, 100.0)
 
 
-@both
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("low", [VIDEO, AUDIO])
+@pytest.mark.parametrize(
+    ("low", "dtype", "kernel"),
+    sweep(itertools.product((VIDEO, AUDIO), DTYPES, BOTH), (AUDIO, torch.float16, Kernel.RUNS)),
+)
 def test_a_group_far_below_is_raised_whole(low: int, dtype: torch.dtype, kernel: Kernel) -> None:
     """Where one group's logits lie up to 100 below the others', its raised mass and its share of the output are right."""
     for policy, statistic in ACTIVE:
@@ -228,7 +239,7 @@ def far_below(low: int, dtype: torch.dtype) -> dict[str, Tensor]:
     return tensors
 
 
-@both
+@one_kernel
 def test_a_group_past_the_sums_range_is_left_where_it_is(kernel: Kernel) -> None:
     """Below 2^-226 of the row's largest a group counts as not visible: nothing moves, nothing is NaN."""
     tensors = far_below(AUDIO, torch.float32)
@@ -239,7 +250,7 @@ def test_a_group_past_the_sums_range_is_left_where_it_is(kernel: Kernel) -> None
         assert after.equal(before) == (not seen)
 
 
-@both
+@one_kernel
 def test_every_result_is_written(kernel: Kernel) -> None:
     """Poisoned outputs: each element is written, also where rows are padding or see nothing."""
     tensors = make([45, 0, 20], rows=45, heads=2, runs=PROMPT)
@@ -255,15 +266,16 @@ def test_every_result_is_written(kernel: Kernel) -> None:
         assert ours.equal(theirs)
 
 
-@settings(max_examples=20, deadline=None)
-@given(
+ANY_CALL = given(
     policy=st.sampled_from(POLICIES), lengths=st.lists(st.integers(0, 60), min_size=1, max_size=2),
     rows=st.integers(1, 40), heads=st.sampled_from([(1, 1), (3, 1), (4, 2)]), groups=st.integers(3, 5),
     runs=st.lists(st.tuples(st.integers(1, 30), st.integers(0, 2)), max_size=4), muted=st.sets(st.integers(0, 4)),
     kernel=st.sampled_from(BOTH), blocks=st.sampled_from([(32, 16), (64, 16), (32, 32)]), causal=st.booleans(),
     factor=st.sampled_from([0.0, 1.0, 5.0]), seed=st.integers(0, 2**31),
 )  # fmt: skip
-def test_any_call_keeps_the_laws(
+
+
+def keeps_the_laws(
     policy: tuple[Policy, Statistic], lengths: list[int], rows: int, heads: tuple[int, int], groups: int,
     runs: list[tuple[int, int]], muted: set[int], kernel: Kernel, blocks: tuple[int, int], causal: bool, factor: float,
     seed: int,
@@ -283,3 +295,16 @@ def test_any_call_keeps_the_laws(
         assert_close(masses.sum(-1) + 1, seen + 1.0, "op")
     kept = [g for g in range(groups) if g not in (VIDEO, AUDIO)]
     assert after[..., kept].equal(before[..., kept]) and not output[~seen].any()
+
+
+@settings(max_examples=6, deadline=None)
+@ANY_CALL
+def test_any_call_keeps_the_laws(**drawn: Any) -> None:  # Any: what ANY_CALL says
+    keeps_the_laws(**drawn)
+
+
+@pytest.mark.full
+@settings(max_examples=60, deadline=None)
+@ANY_CALL
+def test_many_calls_keep_the_laws(**drawn: Any) -> None:  # Any: what ANY_CALL says
+    keeps_the_laws(**drawn)

@@ -162,7 +162,7 @@ def test_the_launcher_chooses_by_runs_and_says_so() -> None:
         assert ours.equal(theirs) and torch.allclose(ours, others, atol=1e-5)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     requests=st.lists(st.lists(st.tuples(st.integers(1, 40), st.integers(0, 3)), max_size=6), min_size=1, max_size=3),
     block=st.sampled_from([16, 32, 64]),

@@ -1,10 +1,13 @@
 """Three references that share no line of attention: the float64 one, FlexAttention in two passes, the whiteboard."""
 
+import itertools
+
 import pytest
 import torch
 from decode_inputs import POLICIES, make, scale_of
 from float64 import attention64
 from second_reference import two_passes
+from sweep import sweep
 from tolerance import assert_close
 from torch import Tensor
 
@@ -26,8 +29,7 @@ def prefill(groups: int, seed: int) -> dict[str, Tensor]:
     return tensors | {name: tensors[name].nan_to_num() for name in ("key", "value")}
 
 
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("groups", [3, 5])
+@pytest.mark.parametrize(("groups", "causal"), sweep(itertools.product((3, 5), (True, False)), (5, True)))
 @pytest.mark.parametrize(("policy", "statistic"), POLICIES)
 def test_all_three_agree(policy: Policy, statistic: Statistic, groups: int, causal: bool) -> None:
     for seed in range(3):
