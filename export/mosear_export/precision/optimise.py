@@ -93,16 +93,17 @@ def optimise(
 
 
 def even(calls: Sequence[Tensors], count: int, config: ModelConfig) -> list[Tensors]:
-    """So many calls, evenly taken, all of as many rows as the longest: the Optimizer joins their activations along the batch.
-    A padding row's activations are 0."""
+    """So many calls, evenly taken, all of as many rows and cache slots as the longest: the Optimizer joins their activations
+    along the batch. A padding row's activations are 0."""
     taken = [calls[i * len(calls) // count] for i in range(min(count, len(calls)))]
-    most = max(call["position"].shape[1] for call in taken)
-    by_row = {spec.name: spec.axes.index("S") for spec in parts(config)[DECODER].inputs if "S" in spec.axes}
+    axes = {spec.name: spec.axes for spec in parts(config)[DECODER].inputs}
+    most = {
+        axis: max(call[name].shape[axes[name].index(axis)] for call in taken)
+        for axis, name in (("S", "position"), ("L", "key_group"))
+    }
 
     def padded(name: str, value: NDArray[np.generic]) -> NDArray[np.generic]:
-        if name not in by_row:
-            return value
-        sides = [(0, most - size if axis == by_row[name] else 0) for axis, size in enumerate(value.shape)]
+        sides = [(0, most.get(str(axis), size) - size) for axis, size in zip(axes[name], value.shape, strict=True)]
         return np.pad(value, sides, constant_values=-1 if name == "position" else 0)
 
     return [{name: padded(name, value) for name, value in call.items()} for call in taken]
