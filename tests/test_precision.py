@@ -156,8 +156,16 @@ def test_the_optimizer_is_asked_for_the_rule_and_held_to_it(
     failing.chmod(0o755)
     with pytest.raises(EngineError, match="exit 3"):
         optimise.optimise(scheme, folders.onnx, calls, tmp_path, failing, print)
-    model, linears, _ = graph.whole_graph(folders.onnx)
+    model, linears, heads = graph.whole_graph(folders.onnx)
     onnx.save(model, tmp_path / "nothing.onnx")
+    short, long = sorted(calls, key=lambda call: call["position"].shape[1])
+    assert short["position"].shape < long["position"].shape
+    padded, _ = optimise.even([short, long], 2, engine.config)
+    assert padded["hidden"].shape == long["hidden"].shape and padded["position"].min() == -1
+    session = run.session(str(tmp_path / "nothing.onnx"), threads=1)
+    names = {value.name for value in session.get_inputs()}
+    found = [session.run(["logits"], {n: v for n, v in (c | heads).items() if n in names})[0] for c in (short, padded)]
+    np.testing.assert_allclose(found[1], found[0], atol=1e-4)
     with pytest.raises(EngineError, match="differs in"):
         optimise.check(tmp_path / "nothing.onnx", [linear.node for linear in linears])
 

@@ -13,10 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from mosear.artifacts import HEADS, Manifest, existing, publish
-from mosear.contract import DECODER, Tensors
+from mosear.artifacts import CONFIG, HEADS, Manifest, existing, publish
+from mosear.config import ModelConfig
+from mosear.contract import DECODER, Tensors, parts
 from mosear.errors import EngineError
 from mosear.hashes import file_hash
 from mosear_export import export, fuse, pack, plain, tensorrt_graph
@@ -35,6 +37,7 @@ class Scheme:
     method: str
     block: int = 0  # rows of a column that share a scale (int4)
     kept: tuple[str, ...] = ()  # kinds of linear layers that stay wide
+    calls: int = 0  # so many of the calls, evenly taken (0: all)
 
 
 SCHEMES = {
@@ -42,7 +45,8 @@ SCHEMES = {
     for scheme in (
         Scheme(name="int8-activations", mode="int8", method="max"),
         Scheme(name="fp8", mode="fp8", method="max"),
-        Scheme(name="int4", mode="int4", method="awq_clip", block=128),
+        # The clip search takes 64 rows of all calls together, and runs the decoder for each weight and call.
+        Scheme(name="int4", mode="int4", method="awq_clip", block=128, calls=4),
     )
 }
 
@@ -58,6 +62,7 @@ def optimise(
     if not python.exists():
         raise EngineError(f"{python} is not there: make the Model Optimizer's environment, scripts/setup_quantise.sh")
     source = Manifest.load(onnx_folder, kind=export.KIND, remedy="export it with `python export/export_onnx.py`")
+    calls = even(calls, scheme.calls, ModelConfig.load(onnx_folder / CONFIG)) if scheme.calls else calls
     modules = (clips, graph, run, modelopt_child, fuse, pack, plain, tensorrt_graph)
     inputs: dict[str, object] = {
         "onnx": source.files, "scheme": asdict(scheme), "calls": _digest(calls),
@@ -85,6 +90,23 @@ def optimise(
         draft.notes["linear layers"] = check(draft.folder / f"{DECODER}.onnx", [x.node for x in linears])
     report(f"quantise: wrote {(root / scheme.name).resolve()}")
     return (root / scheme.name).resolve()
+
+
+def even(calls: Sequence[Tensors], count: int, config: ModelConfig) -> list[Tensors]:
+    """So many calls, evenly taken, all of as many rows and cache slots as the longest: the Optimizer joins their activations
+    along the batch. A padding row's activations are 0."""
+    taken = [calls[i * len(calls) // count] for i in range(min(count, len(calls)))]
+    axes = {spec.name: spec.axes for spec in parts(config)[DECODER].inputs}
+    most = {
+        axis: max(call[name].shape[axes[name].index(axis)] for call in taken)
+        for axis, name in (("S", "position"), ("L", "key_group"))
+    }
+
+    def padded(name: str, value: NDArray[np.generic]) -> NDArray[np.generic]:
+        sides = [(0, most.get(str(axis), size) - size) for axis, size in zip(axes[name], value.shape, strict=True)]
+        return np.pad(value, sides, constant_values=-1 if name == "position" else 0)
+
+    return [{name: padded(name, value) for name, value in call.items()} for call in taken]
 
 
 def _digest(calls: Sequence[Tensors]) -> str:
