@@ -91,7 +91,7 @@ MUTANTS = (
         old="out = ((split * n_rows.to(tl.int64) + row) * TARGETS * pitch)", new="out = (row * TARGETS * pitch)",
     ),
     Mutant(
-        name="experts: unmasked store of y", module=MOSE, check="experts_memory", often=True, how=MEMORY,
+        name="experts: unmasked store of y", module=MOSE, check="experts_memory", how=MEMORY,
         old="tl.store(y_ptr + out, y.to(y_ptr.dtype.element_ty), mask=mask)",
         new="tl.store(y_ptr + out, y.to(y_ptr.dtype.element_ty), mask=inside[None, :] & (row >= 0)[:, None])",
     ),
@@ -139,7 +139,7 @@ MUTANTS = (
         old="at = (page.to(tl.int64) * kv_heads + kv_head) * PAGE", new="at = (page.to(tl.int64) + kv_head) * PAGE",
     ),
     Mutant(
-        name="decode: mask of the keys dropped", module=DECODE, check="decode_memory", often=True, how=MEMORY,
+        name="decode: mask of the keys dropped", module=DECODE, check="decode_memory", how=MEMORY,
         old="inside = start + slot < high", new="inside = start + slot >= 0",
     ),
     Mutant(
@@ -166,7 +166,7 @@ MUTANTS = (
         old="masses[g] + flow if g == VIDEO else (masses[g] - flow", new="masses[g] - flow if g == VIDEO else (masses[g] + flow",
     ),
     Mutant(
-        name="prefill: tiles of the first request for all", module=PREFILL, check="prefill_runs", often=True,
+        name="prefill: tiles of the first request for all", module=PREFILL, check="prefill_runs",
         old="tile_group_ptr += batch * tl.cdiv(capacity, BLOCK_N)", new="tile_group_ptr += 0 * tl.cdiv(capacity, BLOCK_N)",
     ),
     Mutant(
@@ -174,7 +174,7 @@ MUTANTS = (
         old="tl.load(at, mask=(slots < length)[None, :], other=0.0) if MASKED", new="tl.load(at) if MASKED",
     ),
     Mutant(
-        name="prefill: unmasked store of the masses", module=PREFILL, check="prefill_memory", often=True, how=MEMORY,
+        name="prefill: unmasked store of the masses", module=PREFILL, check="prefill_memory", how=MEMORY,
         old="tl.store(ptr + row * GROUPS + g, masses[g], mask=inside)", new="tl.store(ptr + row * GROUPS + g, masses[g])",
     ),
     Mutant(
@@ -238,11 +238,6 @@ def _forget() -> None:
         sys.modules.pop(name, None)
 
 
-def find(name: str) -> Mutant | None:
-    """A mutant by its name; None for the empty name."""
-    return next(mutant for mutant in MUTANTS if mutant.name == name) if name else None
-
-
 def run(mutant: Mutant | None, check: str) -> str:
     """What a check says of a mutant in this process; empty where it finds nothing wrong."""
     with seeded(mutant):
@@ -260,8 +255,7 @@ def run_check(check: str) -> None:
 
 def run_mutant(name: str) -> None:
     """A mutant's check on the mutant: for a process under ttsem."""
-    mutant = find(name)
-    assert mutant is not None
+    mutant = next(mutant for mutant in MUTANTS if mutant.name == name)
     with seeded(mutant):
         run_check(mutant.check)
 
@@ -270,8 +264,9 @@ def memory_faults(mutants: Sequence[Mutant], cache: Path) -> dict[str, Verdict]:
     """ttsem's verdict of each mutant, by name."""
     if not mutants:
         return {}
-    found = sanitise([f"mutants:run_mutant:{mutant.name}" for mutant in mutants], cache=cache)
-    return {mutant.name: found[f"mutants:run_mutant:{mutant.name}"] for mutant in mutants}
+    programs = {mutant.name: f"mutants:run_mutant:{mutant.name}" for mutant in mutants}
+    found = sanitise(list(programs.values()), cache=cache)
+    return {name: found[program] for name, program in programs.items()}
 
 
 def main() -> int:

@@ -113,6 +113,7 @@ def test_workers_give_every_variant_once_and_in_order() -> None:
     assert sorted(line.split()[0] for line in said) == ["1/3", "2/3", "3/3"]
 
 
+@pytest.mark.full
 def test_a_worker_tells_what_failed() -> None:
     with pytest.raises(KernelError, match="no case has the label 'x'"):
         make(order(labels=("x",)), workers=1)

@@ -43,6 +43,7 @@ def test_manifest_states_all_that_a_launch_needs(exported: tuple[Path, list[str]
     assert any(line.startswith("6/6 ") for line in said), "no progress was told"
 
 
+@pytest.mark.full
 def test_a_rerun_gives_the_same_bytes(exported: tuple[Path, list[str]], tmp_path: Path) -> None:
     first, _ = exported
     second = export(tmp_path, [])

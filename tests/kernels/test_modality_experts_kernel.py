@@ -85,7 +85,8 @@ def test_it_is_the_formula(
     check(heads, make(heads, rows=rows, dtype=dtype))
 
 
-@pytest.mark.parametrize("dtype", sweep(KINDS, torch.bfloat16), ids=str)
+@pytest.mark.full
+@pytest.mark.parametrize("dtype", KINDS, ids=str)
 def test_the_demo_models_prompt(dtype: torch.dtype) -> None:
     width, columns = MODELS["demo"]
     heads = Heads(width=width, columns=columns, rank=8)
@@ -288,8 +289,7 @@ def test_many_calls_are_the_formula(**drawn: Any) -> None:  # Any: what ANY_CALL
     is_the_formula(**drawn)
 
 
-@pytest.mark.parametrize("rows", sweep([1, 8, 64], 8))
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(("model", "rows"), sweep(itertools.product(MODELS, (1, 8, 64)), ("demo", 8)))
 def test_decoding_moves_hardly_more_than_it_must(model: str, rows: int) -> None:
     """Bytes that the kernels really touch, each once a kernel: the workspace is all that comes on top."""
     width, columns = MODELS[model]

@@ -42,7 +42,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     ("shape", "policy", "statistic", "kernel"),
     sweep(
         ((shape, *policy, kernel) for shape, policy, kernel in itertools.product(SHAPES, POLICIES, BOTH)),
-        ("smallest", *TARGET, Kernel.RUNS), ("odd", *OFF, Kernel.GENERAL), ("odd", *BY_MEAN, Kernel.GENERAL),
+        ("smallest", *OFF, Kernel.RUNS), ("odd", *BY_MEAN, Kernel.GENERAL),
         ("demo", *TARGET, Kernel.RUNS), ("many groups", *BY_SUM, Kernel.RUNS),
     ),
 )  # fmt: skip
@@ -297,7 +297,7 @@ def keeps_the_laws(
     assert after[..., kept].equal(before[..., kept]) and not output[~seen].any()
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=4, deadline=None)
 @ANY_CALL
 def test_any_call_keeps_the_laws(**drawn: Any) -> None:  # Any: what ANY_CALL says
     keeps_the_laws(**drawn)
