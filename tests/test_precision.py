@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import accuracy_factory as factory
 import numpy as np
@@ -16,7 +17,7 @@ from mosear.engine import KIND, Engine
 from mosear.errors import ConfigError, EngineError
 from mosear.recipe import Precision
 from mosear_export import build, quantise
-from mosear_export.precision import clips, compare, graph, optimise, run, sensitivity, short
+from mosear_export.precision import clips, compare, graph, modelopt_child, optimise, run, sensitivity, short
 from mosear_export.precision.clips import Case, Kind
 from mosear_export.precision.run import Asker, GraphBackend, Said
 
@@ -187,3 +188,21 @@ def test_experts_read_what_was_not_quantised(tmp_path: Path) -> None:
     optimise.widen_others(path, ["linear"])
     assert optimise.check(path, ["linear"]) == 1
     assert {n.name: list(n.input) for n in onnx.load(path).graph.node}["low"] == ["x", "a"]
+
+
+def test_a_call_is_run_once_for_all_that_is_asked_of_it() -> None:
+    """The Optimizer asks for one activation at a time."""
+    calls: list[float] = []
+
+    class Session:
+        def get_outputs(self) -> list[SimpleNamespace]:
+            return [SimpleNamespace(name=name) for name in ("a", "b")]
+
+        def run(self, names: list[str], feeds: modelopt_child.Call) -> list[np.ndarray]:  # type: ignore[type-arg]
+            calls.append(float(feeds["hidden"][0]))
+            return [feeds["hidden"] + i for i, _ in enumerate(names)]
+
+    session = modelopt_child.Remembered(Session())
+    held = [{"hidden": np.array([n])} for n in (1.0, 2.0)]
+    found = [session.run([name], dict(call))[0].tolist() for name in ("b", "a") for call in held]
+    assert found == [[2.0], [3.0], [1.0], [2.0]] and calls == [1.0, 2.0]

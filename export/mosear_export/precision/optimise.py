@@ -45,7 +45,7 @@ SCHEMES = {
     for scheme in (
         Scheme(name="int8-activations", mode="int8", method="max"),
         Scheme(name="fp8", mode="fp8", method="max"),
-        # The clip search takes 64 rows of all calls together, and runs the decoder for each weight and call.
+        # One clip of each kind: the search takes 64 rows of all calls together.
         Scheme(name="int4", mode="int4", method="awq_clip", block=128, calls=4),
     )
 }
