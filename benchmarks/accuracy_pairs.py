@@ -4,7 +4,6 @@ Layout of a data folder: `voices/labels.csv` (file, emotion, speaker) beside the
 emotion) beside the photos. Face and voice of a pair are different people.
 """
 
-import csv
 import enum
 import hashlib
 from collections.abc import Callable, Collection, Sequence
@@ -17,11 +16,10 @@ import numpy.typing as npt
 from mosear.backends.session import Runner
 from mosear.config import ModelConfig
 from mosear.errors import ConfigError
-from mosear.runtime.preprocess import log_mel, square
+from mosear_export.labelled import FRAMES, face_features, rows, voice_features
 
 FloatArray = npt.NDArray[np.float32]
 NEUTRAL = "neutral"
-FRAMES = 4  # how many times a photo stands for a frame
 
 
 class Kind(enum.StrEnum):
@@ -53,12 +51,12 @@ class Pair:
 
 def read_voices(data: Path, speakers: Collection[str]) -> list[Sample]:
     """The sounds of these speakers; raises ConfigError naming what is missing."""
-    rows = _rows(data / "voices" / "labels.csv", ("file", "emotion", "speaker"))
-    if unknown := set(speakers) - {row["speaker"] for row in rows}:
+    table = rows(data / "voices" / "labels.csv", ("file", "emotion", "speaker"))
+    if unknown := set(speakers) - {row["speaker"] for row in table}:
         raise ConfigError(f"{data}/voices has no speaker {', '.join(sorted(unknown))}: name some of its labels.csv")
     return [
         Sample(path=data / "voices" / row["file"], emotion=row["emotion"], origin=row["speaker"])
-        for row in rows
+        for row in table
         if row["speaker"] in speakers
     ]
 
@@ -66,19 +64,8 @@ def read_voices(data: Path, speakers: Collection[str]) -> list[Sample]:
 def read_faces(data: Path, split: str) -> list[Sample]:
     """The photos of a split; raises ConfigError naming what is missing."""
     folder = data / "faces" / split
-    rows = _rows(folder / "labels.csv", ("file", "emotion"))
-    return [Sample(path=folder / row["file"], emotion=row["emotion"], origin=split) for row in rows]
-
-
-def _rows(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
-    try:
-        with path.open(newline="") as file:
-            rows = list(csv.DictReader(file))
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read ({error}): name a folder of the documented layout") from error
-    if not rows or (missing := set(columns) - set(rows[0])):
-        raise ConfigError(f"{path} has no rows with {', '.join(columns)}: {sorted(missing) if rows else 'it is empty'}")
-    return rows
+    table = rows(folder / "labels.csv", ("file", "emotion"))
+    return [Sample(path=folder / row["file"], emotion=row["emotion"], origin=split) for row in table]
 
 
 def make_pairs(
@@ -140,11 +127,11 @@ def encode_all(
     if not path.exists():
         heard, seen = [], []
         for i, sample in enumerate(voices):
-            heard.append(_voice(backend, config, sample.path))
+            heard.append(voice_features(backend, config, sample.path))
             if i % 50 == 0:
                 say(f"encoding voices: {i} of {len(voices)}")
         for i, sample in enumerate(faces):
-            seen.append(_face(backend, config, sample.path))
+            seen.append(face_features(backend, config, sample.path))
             if i % 200 == 0:
                 say(f"encoding faces: {i} of {len(faces)}")
         work.mkdir(parents=True, exist_ok=True)
@@ -153,18 +140,3 @@ def encode_all(
         partial.replace(path)
     stored = np.load(path)
     return Encoded(voices=stored["voices"], faces=stored["faces"])
-
-
-def _voice(backend: Runner, config: ModelConfig, path: Path) -> FloatArray:
-    from mosear_export.training.features import read_sound, trim
-
-    mel, frames = log_mel(trim(read_sound(path)), config.voice)
-    found = backend.run("voice", {"mel": mel[None], "voice_frames": np.array([frames], np.int32)})
-    return np.asarray(found["voice_features"][0], np.float32)
-
-
-def _face(backend: Runner, config: ModelConfig, path: Path) -> FloatArray:
-    from PIL import Image
-
-    crop = square(np.asarray(Image.open(path).convert("RGB")), config.face.crop_size, center=True)
-    return np.asarray(backend.run("face", {"crops": crop[None]})["face_features"][0], np.float32)

@@ -162,6 +162,8 @@ def test_open_conflicts_follow_what_reallocation_gives() -> None:
     assert sampler._joint("neutral", "happy", 0.0) == "happy" and sampler._joint("sad", "neutral", 1.0) == "sad"
     drawn = [sampler.draw(0.9, direct=0.5) for _ in range(200)]
     assert {e.strength > 0 for e in drawn} == {True, False} and 60 < sum(e.direct for e in drawn) < 140
+    for reasons, wanted in ((0.0, {Task.CLASSIFY}), (1.0, {Task.REASON})):
+        assert {sampler.draw(None, direct=0.0, reasons=reasons).task for _ in range(20)} == wanted
     assert all(e.strength == 0 for e in (sampler.draw(None, direct=0.0) for _ in range(50)))
 
 

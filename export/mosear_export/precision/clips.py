@@ -4,24 +4,19 @@ The data folder's layout is that of training (`training/features.py`). Calibrati
 and other photos. Face and voice of a clip are different people.
 """
 
-import csv
 import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from mosear.backends.session import Runner
 from mosear.config import ModelConfig
 from mosear.errors import ConfigError
-from mosear.runtime.preprocess import log_mel, square
 from mosear.runtime.sampling import FloatArray
+from mosear_export.labelled import FRAMES, face_features, rows, voice_features
 from mosear_export.training.examples import PLAIN_WORDS, TELLING_WORDS
-from mosear_export.training.features import read_sound, trim
-
-FRAMES = 4  # how many times a photo stands for a frame
 
 
 class Kind(enum.StrEnum):
@@ -67,11 +62,11 @@ def read_cases(
     """`each` cases of every kind, labels as often as one another, encoded by `runner`; raises ConfigError."""
     voices = [
         (data / "voices" / row["file"], row["emotion"])
-        for row in _rows(data / "voices" / "labels.csv", ("file", "emotion", "speaker"))
+        for row in rows(data / "voices" / "labels.csv", ("file", "emotion", "speaker"))
         if source.takes(row["speaker"])
     ]
     folder = data / "faces" / source.split
-    faces = [(folder / row["file"], row["emotion"]) for row in _rows(folder / "labels.csv", ("file", "emotion"))]
+    faces = [(folder / row["file"], row["emotion"]) for row in rows(folder / "labels.csv", ("file", "emotion"))]
     if not voices:
         raise ConfigError(f"{data}/voices/labels.csv has no speaker of {source}: give a folder with more speakers")
     cases = list[Case]()
@@ -82,9 +77,9 @@ def read_cases(
             face = _draw(rng, faces, i * 3 + 1) if kind in (Kind.FACE, Kind.BOTH) else None
             features: dict[str, FloatArray] = {}
             if face:
-                features["face"] = np.repeat(_face(runner, config, face[0])[None], FRAMES, axis=0)
+                features["face"] = np.repeat(face_features(runner, config, face[0])[None], FRAMES, axis=0)
             if voice:
-                features["voice"] = _voice(runner, config, voice[0])
+                features["voice"] = voice_features(runner, config, voice[0])
             said, plain = (
                 [words for several in TELLING_WORDS.values() for words in several],
                 kind is Kind.BOTH and i % 2,
@@ -99,30 +94,8 @@ def read_cases(
     return cases
 
 
-def _rows(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
-    try:
-        with path.open(newline="") as file:
-            rows = list(csv.DictReader(file))
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read ({error}): give a folder with voices/ and faces/") from error
-    if not rows or set(columns) - set(rows[0]):
-        raise ConfigError(f"{path} must have rows with {', '.join(columns)}")
-    return rows
-
-
 def _draw(rng: np.random.Generator, samples: Sequence[tuple[Path, str]], turn: int) -> tuple[Path, str]:
     """One sample; labels take turns."""
     labels = sorted({label for _, label in samples})
     fitting = [sample for sample in samples if sample[1] == labels[turn % len(labels)]]
     return fitting[int(rng.integers(len(fitting)))]
-
-
-def _voice(runner: Runner, config: ModelConfig, path: Path) -> FloatArray:
-    mel, frames = log_mel(trim(read_sound(path)), config.voice)
-    found = runner.run("voice", {"mel": mel[None], "voice_frames": np.array([frames], np.int32)})
-    return np.asarray(found["voice_features"][0], np.float32)
-
-
-def _face(runner: Runner, config: ModelConfig, path: Path) -> FloatArray:
-    crop = square(np.asarray(Image.open(path).convert("RGB")), config.face.crop_size, center=True)
-    return np.asarray(runner.run("face", {"crops": crop[None]})["face_features"][0], np.float32)

@@ -8,12 +8,12 @@ import torch
 
 from mosear.config import ARConfig
 from mosear.runtime.prompt import Task
+from mosear_export.labelled import FRAMES
 from mosear_export.training.examples import NEUTRAL, Example, answer_of
 from mosear_export.training.features import Labelled, Report
 from mosear_export.training.train import Trainer
 
 BATCH = 16
-FRAMES = 4  # how many times a photo stands for a frame
 PAIRS = 60  # of each kind
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 Labels = npt.NDArray[np.str_]

@@ -70,11 +70,11 @@ class Sampler:
         self.faces = {e: np.flatnonzero(features.faces.emotion == e) for e in np.unique(features.faces.emotion)}
         self.voices = {e: np.flatnonzero(features.voices.emotion == e) for e in np.unique(features.voices.emotion)}
 
-    def draw(self, audio_share: float | None, *, direct: float) -> Example:
+    def draw(self, audio_share: float | None, *, direct: float, reasons: float = 0.5) -> Example:
         """An example. audio_share: what reallocation (at a strength drawn here) gives to the voice, None: off; direct: how
-        often an example is so."""
+        often an example is so; reasons: how often its answer is a reason, not a label alone."""
         rng = self.rng
-        task = Task.REASON if rng.random() < 0.5 else Task.CLASSIFY
+        task = Task.REASON if rng.random() < reasons else Task.CLASSIFY
         kind = rng.choice(["both", "face", "voice", "words"], p=[0.55, 0.24, 0.16, 0.05])
         if kind == "words":
             label = str(rng.choice(list(TELLING_WORDS)))

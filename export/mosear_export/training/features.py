@@ -9,13 +9,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import av
 import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
 
 from mosear.runtime.preprocess import log_mel, scene_image, square
+from mosear_export.labelled import read_sound, trim
 from mosear_export.model.whole import ReferenceModel
 
 Array = npt.NDArray[np.float32]
@@ -58,21 +58,6 @@ def compute(model: ReferenceModel, data: Path, cache: Path, report: Report) -> F
     stored = np.load(cache)
     voices, faces = (Labelled(**{k: stored[f"{kind}_{k}"] for k in Labelled.__slots__}) for kind in ("voice", "face"))
     return Features(voices=voices, faces=faces, scenes=stored["scenes"])
-
-
-def read_sound(path: Path) -> Array:
-    """A sound file as f32 [n] at its own rate, first channel."""
-    with av.open(str(path)) as container:
-        frames = [frame.to_ndarray() for frame in container.decode(audio=0)]
-    sound = np.concatenate(frames, axis=-1)[0]
-    samples: Array = sound.astype(np.float32) / (np.iinfo(sound.dtype).max if sound.dtype.kind == "i" else 1)
-    return samples
-
-
-def trim(sound: Array) -> Array:
-    """Without the digital silence at the end, which would tell how long the utterance was."""
-    loud = np.flatnonzero(np.abs(sound) > 1e-3)
-    return sound[: loud[-1] + 1] if len(loud) else sound
 
 
 def _voice_variants(sound: Array, rng: np.random.Generator) -> list[Array]:

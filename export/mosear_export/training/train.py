@@ -53,6 +53,7 @@ class TrainConfig:
     entropy: float = 0.0
     balance: float = 0.01
     direct: float = 0.5  # share of examples whose text rows see no face and no voice (training/ops.py)
+    reasons: float = 0.5  # share of examples answered by a reason; the others by a label alone
     reallocate: float = 0.5  # share of batches with attention reallocated; 0: never, as the paper's
     start: Start = Start.CLASSIFIER
     base: str = ""  # heads file that training goes on from (seen of the same data); empty: from the start
@@ -69,7 +70,7 @@ class TrainConfig:
     save_every: int = 20  # steps
 
     def __post_init__(self) -> None:
-        for name in ("direct", "reallocate"):
+        for name in ("direct", "reasons", "reallocate"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}: it is a share, from 0 to 1")
         for name in ("steps", "batch", "learning_rate", "save_every"):
@@ -199,7 +200,7 @@ class Trainer:
         """Of a batch that is drawn: answers, and the gate's regularisers."""
         config, rng = self.config, sampler.rng
         share = float(rng.uniform(*SHARES)) if rng.random() < config.reallocate else None
-        examples = [sampler.draw(share, direct=config.direct) for _ in range(config.batch)]
+        examples = [sampler.draw(share, direct=config.direct, reasons=config.reasons) for _ in range(config.batch)]
         ar = None if share is None else ARConfig(policy=Policy.TARGET, audio_share=share, move=1.0)
         batch = self.batch(examples, noise=True)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=config.bfloat16):
