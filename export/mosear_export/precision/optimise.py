@@ -47,6 +47,7 @@ SCHEMES = {
         Scheme(name="fp8", mode="fp8", method="max"),
         # One clip of each kind: the search takes 64 rows of all calls together.
         Scheme(name="int4", mode="int4", method="awq_clip", block=128, calls=4),
+        Scheme(name="int4-nearest", mode="int4", method="rtn_dq", block=128, calls=4),
     )
 }
 
