@@ -23,8 +23,8 @@ from mosear.runtime.prompt import AUDIO, VIDEO, PromptBuilder, Task
 from mosear_export.demo.assemble import plain_lora
 from mosear_export.model.face import LABELS as FACE_LABELS
 from mosear_export.model.projector import Projector
+from mosear_export.training import evaluate as evaluation
 from mosear_export.training import linear, regularise
-from mosear_export.training.evaluate import evaluate
 from mosear_export.training.examples import Sampler, answer_of
 from mosear_export.training.features import Features, Labelled, compute
 from mosear_export.training.ops import TrainOps
@@ -93,9 +93,10 @@ def test_a_stopped_training_goes_on_to_the_same_heads(tmp_path: Path) -> None:
 
 
 def test_another_trainings_state_is_refused(tmp_path: Path) -> None:
-    run(tmp_path / "a.pt")
+    short = dataclasses.replace(SETTINGS, steps=1, batch=1)
+    run(tmp_path / "a.pt", short)
     with pytest.raises(ConfigError, match="other settings"):
-        run(tmp_path / "a.pt", dataclasses.replace(SETTINGS, seed=1))
+        run(tmp_path / "a.pt", dataclasses.replace(short, seed=1))
 
 
 def test_plain_lora_is_one_for_all_and_no_larger(tmp_path: Path) -> None:
@@ -256,10 +257,12 @@ def test_heads_to_go_on_from_are_checked(tmp_path: Path) -> None:
             trainer(dataclasses.replace(SETTINGS, base=str(tmp_path / f"{file}.safetensors")))
 
 
-def test_evaluation_gives_every_figure() -> None:
+def test_evaluation_gives_every_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation, "PAIRS", 2)
+    monkeypatch.setattr(evaluation, "STRENGTHS", (0.0, 1.0))
     made = trainer()
     data = features(made.model.config)
-    found = evaluate(made, data.voices, data.faces, print)
+    found = evaluation.evaluate(made, data.voices, data.faces, print)
     assert set(found) >= {"voice", "face", "pairs, strength 0", "pairs, strength 1"}
     assert all(0 <= value <= 1 for name in found for key, value in found[name].items() if key != "n")
     assert found["face"]["n"] == len(data.faces.values)

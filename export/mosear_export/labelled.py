@@ -28,7 +28,7 @@ def rows(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
         with path.open(newline="") as file:
             found = list(csv.DictReader(file))
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read ({error}): name a folder with voices/ and faces/") from error
+        raise ConfigError(f"{path} cannot be read ({error}): give a folder with voices/ and faces/") from error
     if not found or (missing := set(columns) - set(found[0])):
         raise ConfigError(
             f"{path} must have rows with {', '.join(columns)}: {sorted(missing) if found else 'it is empty'}"
