@@ -70,15 +70,18 @@ def test_the_rule_takes_every_linear_layer_and_nothing_else(folders: Folders) ->
     assert [n.op_type for n in narrow.graph.node].count("MatMulNBits") == len(linears)
     assert not set(heads) & weights
 
-    recipe = dataclasses.replace(RECIPE, precision=Precision.INT8, block=32, fine=("down", "head"), fine_block=16)
+    recipe = dataclasses.replace(
+        RECIPE, precision=Precision.INT8, block=32, fine=("down", "head"), fine_block=16, wide=("o",)
+    )
     fresh, _, _ = graph.whole_graph(folders.onnx)
     outputs = {node.name: node.output[0] for node in fresh.graph.node}
     mixed = quantise.quantise_linears(fresh, [x.weight for x in linears], recipe)
     nodes = [node for node in mixed.graph.node if node.op_type == "MatMulNBits"]
     blocks = {n.output[0]: next(a.i for a in n.attribute if a.name == "block_size") for n in nodes}
-    assert [blocks[outputs[x.node]] for x in linears] == [32, 32, 32, 16] * 2 + [16]
-    with pytest.raises(ConfigError, match="fine has up"):
-        dataclasses.replace(recipe, fine=("up",))
+    assert [blocks.get(outputs[x.node]) for x in linears] == [32, None, 32, 16] * 2 + [16]
+    for name in ("fine", "wide"):
+        with pytest.raises(ConfigError, match=f"{name} has up"):
+            dataclasses.replace(recipe, **{name: ("up",)})
 
 
 def test_a_graph_says_what_its_engine_says(engine: Engine, folders: Folders, cases: list[Case], tmp_path: Path) -> None:

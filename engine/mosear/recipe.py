@@ -155,6 +155,7 @@ class Recipe:
     block: int = 32  # weights that share a scale (int8 on onnxruntime-cpu; int4: 128)
     fine: tuple[str, ...] = ()  # kinds of linear layers that take fine_block (int8 on onnxruntime-cpu)
     fine_block: int = 32
+    wide: tuple[str, ...] = ()  # kinds of linear layers that stay in fp32 (int8 on onnxruntime-cpu)
     heads: Heads = Heads.INPUTS
     threads: int = 0  # 0: as many as this process may use
     limits: Limits = field(default_factory=Limits)
@@ -165,10 +166,11 @@ class Recipe:
         for name in ("block", "fine_block"):
             if getattr(self, name) not in (16, 32, 64, 128, 256):
                 raise ConfigError(f"recipe {self.name}: {name} is {getattr(self, name)}; choose 16, 32, 64, 128 or 256")
-        if unknown := set(self.fine) - set(LINEARS):
-            raise ConfigError(
-                f"recipe {self.name}: fine has {', '.join(sorted(unknown))}; choose of {', '.join(LINEARS)}"
-            )
+        for name in ("fine", "wide"):
+            if unknown := set(getattr(self, name)) - set(LINEARS):
+                raise ConfigError(
+                    f"recipe {self.name}: {name} has {', '.join(sorted(unknown))}; choose of {', '.join(LINEARS)}"
+                )
         if self.threads < 0:
             raise ConfigError(f"recipe {self.name}: threads is {self.threads}; 0 means all that this process may use")
         fits = PRECISIONS[self.target]

@@ -89,7 +89,7 @@ def _settings(recipe: Recipe, part: str) -> tuple[str, ...]:
     """Fields of a recipe that decide a part's plan or graph."""
     if recipe.target in MODULES:
         return ("target", "precision", "block", "heads", "tensorrt")
-    return ("target", "precision", "block", "fine", "fine_block", "heads") if part == DECODER else ("target",)
+    return ("target", "precision", "block", "fine", "fine_block", "wide", "heads") if part == DECODER else ("target",)
 
 
 def processor() -> str:

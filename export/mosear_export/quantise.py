@@ -16,9 +16,11 @@ INT8_COMPUTE = 4  # MatMulNBits accuracy_level: int8 products, int32 sums
 
 def quantise_linears(model: ModelProto, weights: Sequence[str], recipe: Recipe) -> ModelProto:
     """A model with its linear layers (`graph.linear_weights`) as a recipe for ONNX Runtime in 8 bits wants them."""
-    fine = [weight for i, weight in enumerate(weights) if place(i, len(weights))[1] in recipe.fine]
+    kinds = {weight: place(i, len(weights))[1] for i, weight in enumerate(weights)}
+    fine = [weight for weight, kind in kinds.items() if kind in recipe.fine]
+    rest = [weight for weight, kind in kinds.items() if kind not in (*recipe.fine, *recipe.wide)]
     model = quantise_int8(model, weights=fine, block=recipe.fine_block) if fine else model
-    return quantise_int8(model, weights=weights, block=recipe.block)
+    return quantise_int8(model, weights=rest, block=recipe.block)
 
 
 def quantise_int8(model: ModelProto, *, weights: Collection[str], block: int) -> ModelProto:
