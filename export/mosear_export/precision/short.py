@@ -19,7 +19,8 @@ from mosear.contract import Tensors, parts
 from mosear.runtime.prompt import PromptBuilder
 from mosear.runtime.sampling import FloatArray
 from mosear_export.golden import relative_errors
-from mosear_export.precision.clips import FRAMES, Case, Kind
+from mosear_export.labelled import FRAMES
+from mosear_export.precision.clips import Case, Kind
 from mosear_export.precision.run import Asker, Said
 from mosear_export.training.examples import TELLING_WORDS
 
