@@ -29,7 +29,7 @@ HEAVY = ("torch", "onnx", "onnxruntime", "onnxscript", "gguf", "triton")
 @pytest.fixture(scope="module")
 def toy(folders: Folders, tmp_path_factory: pytest.TempPathFactory) -> Folders:
     """A copy, as it is damaged here."""
-    return Folders.below(shutil.copytree(folders.root, tmp_path_factory.mktemp("chain") / "toy", symlinks=True))
+    return folders.copied(tmp_path_factory.mktemp("chain") / "toy")
 
 
 def fresh(folders: Folders) -> Path | None:

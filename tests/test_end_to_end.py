@@ -158,14 +158,15 @@ def test_an_altered_onnx_folder_is_not_built(folders: Folders, tmp_path: Path) -
     assert not list((tmp_path / "engines").glob("toy*"))
 
 
-def test_a_second_build_does_nothing_and_another_recipe_builds_anew(folders: Folders) -> None:
+def test_a_second_build_does_nothing_and_another_recipe_builds_anew(folders: Folders, tmp_path: Path) -> None:
     lines: list[str] = []
-    root = folders.root
-    assert export_checkpoint(folders.checkpoint, root / "onnx", lines.append) == folders.onnx
-    assert build_engine(RECIPE, folders.onnx, root / "engines", lines.append) == folders.engine
+    toy = folders.copied(tmp_path / "toy")
+    onnx, engines = toy.root / "onnx", toy.root / "engines"
+    assert export_checkpoint(toy.checkpoint, onnx, lines.append) == toy.onnx
+    assert build_engine(RECIPE, toy.onnx, engines, lines.append) == toy.engine
     assert len(lines) == 2 and all("is fresh" in line for line in lines)
     other = dataclasses.replace(RECIPE, threads=2)
-    assert build_engine(other, folders.onnx, root / "engines", lines.append) != folders.engine
+    assert build_engine(other, toy.onnx, engines, lines.append) != toy.engine
 
 
 def test_baked_heads_and_int8_answer_too(folders: Folders, engine: Engine, clip: bytes, tmp_path: Path) -> None:

@@ -30,9 +30,9 @@ ON_GPU = dataclasses.replace(RECIPE, name="toy-cuda", target=Target.ONNXRUNTIME_
 
 
 @pytest.fixture(scope="module")
-def engine(folders: Folders) -> Path:
+def engine(folders: Folders, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built here, golden outputs checked on the CPU; to be loaded on a GPU alone."""
-    return build_engine(ON_GPU, folders.onnx, folders.root / "engines", print)
+    return build_engine(ON_GPU, folders.onnx, tmp_path_factory.mktemp("engines"), print)
 
 
 @pytest.mark.parametrize("provider", list(Provider))

@@ -48,8 +48,8 @@ def onnx_folder(folders: Folders) -> Path:
 
 
 @pytest.fixture(scope="module")
-def engine(folders: Folders) -> Path:
-    return build_engine(RECIPE, folders.onnx, folders.root / "engines", print)
+def engine(onnx_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_engine(RECIPE, onnx_folder, tmp_path_factory.mktemp("engines"), print)
 
 
 def profiles(engine: Path, part: str) -> list[dict[str, object]]:

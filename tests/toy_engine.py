@@ -1,6 +1,7 @@
 """A toy's engine folder, made the whole way: checkpoint, export, build; and what nobody may ask of it."""
 
 import dataclasses
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +39,10 @@ class Folders:
         """Those that `build` wrote there."""
         onnx, engine = ((root / link).resolve() for link in ("onnx/onnx", f"engines/{RECIPE.name}"))
         return cls(root=root, checkpoint=root / "checkpoint", onnx=onnx, engine=engine)
+
+    def copied(self, root: Path) -> "Folders":
+        """A copy at `root`, which may be altered."""
+        return Folders.below(shutil.copytree(self.root, root, symlinks=True))
 
 
 def byte_tokenizer() -> Tokenizer:
