@@ -1,6 +1,7 @@
 """Clips of each kind, one rule for what is quantised, parity figures, sensitivity, and the Optimizer's door, on a toy."""
 
 import dataclasses
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -133,17 +134,14 @@ def test_a_build_writes_the_short_form_and_stops_where_it_fails(folders: Folders
     notes = Manifest.load(folders.engine, kind=KIND, remedy="").notes["parity"]
     assert isinstance(notes, dict) and notes["labels that agree"] == 1.0 and notes["prompts"] == 8
     assert notes["rms of logits, largest"] < 2e-4 and notes["largest error of a mass"] < 1e-4
-    path = folders.onnx / short.GOLDEN / short.FILE
-    stored = path.read_bytes()
-    try:
-        tensors = load_file(path)
-        save_file(tensors | {"logits": 2 * tensors["logits"]}, path)
-        with pytest.raises(EngineError, match="golden prompts"):
-            build.short_parity(RECIPE, folders.onnx, folders.engine)
-    finally:
-        path.write_bytes(stored)
+    altered = shutil.copytree(folders.onnx, tmp_path / "onnx")
+    path = altered / short.GOLDEN / short.FILE
+    tensors = load_file(path)
+    save_file(tensors | {"logits": 2 * tensors["logits"]}, path)
+    with pytest.raises(EngineError, match="golden prompts"):
+        build.short_parity(RECIPE, altered, folders.engine)
     eight = dataclasses.replace(RECIPE, name="eight", precision=Precision.INT8, block=16)
-    narrow = build.build_engine(eight, folders.onnx, tmp_path, print)
+    narrow = build.build_engine(eight, folders.onnx, tmp_path / "engines", print)
     found = Manifest.load(narrow, kind=KIND, remedy="").notes["parity"]
     assert isinstance(found, dict) and notes["rms of logits, largest"] < found["rms of logits, largest"] < 0.5
 
